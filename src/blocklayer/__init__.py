@@ -1,0 +1,43 @@
+"""blocklayer: QEMU's block layer as software of its own.
+
+    import blocklayer
+
+    blocklayer.create("new.qcow2", size="20G", backing="base.raw", backing_format="raw")
+    with blocklayer.open("new.qcow2", writable=True) as disk:
+        disk.write(0, b"hello")
+        print(disk.read(0, 5), [extent.depth for extent in disk.map()])
+
+The same for asyncio is in ``blocklayer.aio``. Names are loaded when first used, so that importing
+the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blocklayer.api import disk as aio
+    from blocklayer.api.sync import Disk, create, open
+    from blocklayer.errors import BlockError
+    from blocklayer.graph.gate import Policy
+
+__version__ = "0.1.0"
+__all__ = ["BlockError", "Disk", "Policy", "aio", "create", "open"]
+
+_HOMES = {
+    "BlockError": "blocklayer.errors",
+    "Disk": "blocklayer.api.sync",
+    "Policy": "blocklayer.graph.gate",
+    "create": "blocklayer.api.sync",
+    "open": "blocklayer.api.sync",
+}
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name == "aio":
+        return importlib.import_module("blocklayer.api.disk")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'blocklayer' has no attribute '{name}'")
