@@ -1,0 +1,1 @@
+"""The qcow2 format as values: header, geometry, table entries, refcounts, snapshots, bitmaps."""
