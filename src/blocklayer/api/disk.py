@@ -1,0 +1,172 @@
+"""Disks for asynchronous callers: an image, its chain and one hold on its top, as one object.
+
+1. Opening takes everything it needs (locks included) or nothing.
+2. ``close`` writes back and reports what could not be written; leaving ``async with`` closes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Mapping
+from types import TracebackType
+from typing import Any, Final
+
+from blocklayer.api.map import MapEntry, map_entries
+from blocklayer.drivers import REGISTRY
+from blocklayer.errors import UsageError
+from blocklayer.graph.create import create_image
+from blocklayer.graph.driver import Buffer
+from blocklayer.graph.gate import Policy
+from blocklayer.graph.graph import Graph
+from blocklayer.graph.node import Flags
+from blocklayer.graph.open import open_image
+from blocklayer.graph.permission import Permission
+from blocklayer.graph.root import Root
+from blocklayer.units import parse_size
+
+Image = str | os.PathLike[str] | Mapping[str, Any]
+"""A file name, a ``json:{…}`` name, a URI, or a dict of ``blockdev-add`` options."""
+
+CACHE_MODES: Final = {
+    "writeback": (False, False, False),
+    "none": (False, True, False),
+    "writethrough": (True, False, False),
+    "directsync": (True, True, False),
+    "unsafe": (False, False, True),
+}
+"""Cache mode: (write through, bypass the host's page cache, ignore flushes)."""
+
+
+class Disk:
+    """An open disk. Made by ``Disk.open``; all offsets and lengths are in bytes."""
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        self.graph = root.graph
+
+    @classmethod
+    async def open(
+        cls,
+        image: Image,
+        *,
+        format: str | None = None,
+        writable: bool = False,
+        backing: bool = True,
+        force_share: bool = False,
+        cache: str = "writeback",
+        discard: str = "unmap",
+        detect_zeroes: str = "off",
+        policy: Policy | None = None,
+        graph: Graph | None = None,
+    ) -> Disk:
+        """Open ``image``; ``format`` None guesses it from the first bytes.
+
+        ``backing`` False leaves the backing chain closed. ``force_share`` reads an image that
+        another process writes. ``cache`` is a name from ``CACHE_MODES``. Raises BlockError.
+        """
+        if cache not in CACHE_MODES:
+            raise UsageError(f"Invalid cache mode '{cache}': use one of {', '.join(CACHE_MODES)}")
+        write_through, direct, no_flush = CACHE_MODES[cache]
+        flags = Flags(
+            read_only=not writable,
+            direct=direct,
+            no_flush=no_flush,
+            force_share=force_share,
+            discard_unmap=discard == "unmap",
+            detect_zeroes=detect_zeroes,
+        )
+        where = graph or Graph(REGISTRY, policy)
+        source = image if isinstance(image, (str, Mapping)) else os.fspath(image)
+        node = await open_image(where, source, format=format, flags=flags, backing=backing)
+        taken = int(Permission.CONSISTENT_READ)
+        if writable:
+            taken |= Permission.WRITE | Permission.RESIZE
+        try:
+            return cls(Root(node, "the disk", taken, write_through=write_through))
+        except BaseException:
+            await where.release(node)
+            raise
+
+    async def __aenter__(self) -> Disk:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Write back and close. Raises what could not be written."""
+        await self.root.close()
+
+    @property
+    def size(self) -> int:
+        """The disk's size in bytes."""
+        return self.root.node.size
+
+    @property
+    def format(self) -> str:
+        """The driver's name: ``"qcow2"``, ``"raw"``, …"""
+        return self.root.node.driver.NAME
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset``. Raises StorageError outside the disk."""
+        return await self.root.read(offset, length)
+
+    async def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
+        """Fill ``buffer`` from ``offset``."""
+        await self.root.read_into(offset, memoryview(buffer).cast("B"))
+
+    async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+        """Store ``data`` at ``offset``; with ``fua`` on stable storage when this returns."""
+        await self.root.write(offset, data, fua=fua)
+
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
+        """Make the range read as zeros; ``unmap`` allows giving the space back to the host."""
+        await self.root.write_zeroes(offset, length, unmap=unmap)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """The range's contents are of no more use."""
+        await self.root.discard(offset, length)
+
+    async def flush(self) -> None:
+        """All that was written before is on stable storage when this returns."""
+        await self.root.flush()
+
+    async def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
+        """Change the size; ``shrink`` allows losing the tail."""
+        await self.root.truncate(size, preallocation=preallocation, shrink=shrink)
+
+    async def map(self, offset: int = 0, length: int | None = None) -> AsyncIterator[MapEntry]:
+        """Where the bytes of ``[offset, offset + length)`` live, run by run."""
+        end = self.size if length is None else min(self.size, offset + length)
+        async for entry in map_entries(self.root.node, offset, end - offset):
+            yield entry
+
+
+async def create(
+    filename: str | os.PathLike[str],
+    size: int | str | None = None,
+    *,
+    format: str = "qcow2",
+    backing: str | os.PathLike[str] | None = None,
+    backing_format: str | None = None,
+    policy: Policy | None = None,
+    **options: Any,
+) -> None:
+    """Make a new image. ``options`` go by the names of ``-o`` (``cluster_size="2M"``).
+
+    ``size`` is bytes or text (``"20G"``); an overlay without one is as large as its backing image.
+    """
+    await create_image(
+        Graph(REGISTRY, policy),
+        os.fspath(filename),
+        format,
+        options,
+        size=parse_size(size) if isinstance(size, str) else size,
+        backing=None if backing is None else os.fspath(backing),
+        backing_format=backing_format,
+    )

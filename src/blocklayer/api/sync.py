@@ -1,0 +1,126 @@
+"""Disks for synchronous callers: the same coroutines, driven in place.
+
+1. A request that need not wait costs no loop and no thread: its coroutine runs to its end in place.
+2. One loop, made when first needed, serves all synchronous disks of a process; a lock lets one
+   thread at a time drive it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine, Iterator
+from types import TracebackType
+from typing import Any, TypeVar
+
+from blocklayer.api import disk as aio
+from blocklayer.api.map import MapEntry
+from blocklayer.graph import waiting
+from blocklayer.graph.driver import Buffer
+
+T = TypeVar("T")
+
+
+class _Driver:
+    """Drives coroutines for synchronous callers of all threads, one at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = os.getpid()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """The coroutine's result."""
+        with self._lock:
+            if self._loop is None or self._pid != os.getpid():
+                # A loop inherited over fork() would share its epoll descriptor with the parent.
+                self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
+            return waiting.run(coroutine, self._loop)
+
+
+_driver = _Driver()
+run = _driver.run
+
+
+class Disk:
+    """An open disk for synchronous callers; see ``blocklayer.aio.Disk`` for each method."""
+
+    def __init__(self, disk: aio.Disk) -> None:
+        self.aio = disk
+
+    def __enter__(self) -> Disk:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write back and close. Raises what could not be written."""
+        run(self.aio.close())
+
+    @property
+    def size(self) -> int:
+        """The disk's size in bytes."""
+        return self.aio.size
+
+    @property
+    def format(self) -> str:
+        """The driver's name: ``"qcow2"``, ``"raw"``, …"""
+        return self.aio.format
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset``. Raises StorageError outside the disk."""
+        return run(self.aio.read(offset, length))
+
+    def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
+        """Fill ``buffer`` from ``offset``."""
+        run(self.aio.read_into(offset, buffer))
+
+    def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+        """Store ``data`` at ``offset``; with ``fua`` on stable storage when this returns."""
+        run(self.aio.write(offset, data, fua=fua))
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
+        """Make the range read as zeros; ``unmap`` allows giving the space back to the host."""
+        run(self.aio.write_zeroes(offset, length, unmap=unmap))
+
+    def discard(self, offset: int, length: int) -> None:
+        """The range's contents are of no more use."""
+        run(self.aio.discard(offset, length))
+
+    def flush(self) -> None:
+        """All that was written before is on stable storage when this returns."""
+        run(self.aio.flush())
+
+    def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
+        """Change the size; ``shrink`` allows losing the tail."""
+        run(self.aio.resize(size, preallocation=preallocation, shrink=shrink))
+
+    def map(self, offset: int = 0, length: int | None = None) -> Iterator[MapEntry]:
+        """Where the bytes of ``[offset, offset + length)`` live, run by run."""
+        entries = self.aio.map(offset, length)
+        while True:
+            try:
+                yield run(entries.__anext__())  # type: ignore[arg-type]
+            except StopAsyncIteration:
+                return
+
+
+def open(image: aio.Image, **options: Any) -> Disk:
+    """Open ``image`` for synchronous use; ``options`` as for ``blocklayer.aio.Disk.open``.
+
+    >>> with blocklayer.open("overlay.qcow2", writable=True) as disk:
+    ...     disk.write(0, b"hello")
+    """
+    return Disk(run(aio.Disk.open(image, **options)))
+
+
+def create(filename: str | os.PathLike[str], size: int | str | None = None, **options: Any) -> None:
+    """Make a new image; ``options`` as for ``blocklayer.aio.create``."""
+    run(aio.create(filename, size, **options))

@@ -1,0 +1,25 @@
+"""All drivers on one screen: name, where it is, and what tells its images or names apart.
+
+Drivers of other packages need no line here: they are found by the entry point group
+``blocklayer.drivers``, whose names are driver names.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from blocklayer.graph.registry import Entry, Registry
+
+_HERE = "blocklayer.drivers"
+
+DRIVERS: Final = {
+    "file": Entry(f"{_HERE}.file:FileDriver", protocol=True),
+    "host_device": Entry(f"{_HERE}.file:HostDeviceDriver", protocol=True),
+    "null-co": Entry(f"{_HERE}.null:NullDriver", protocol=True, schemes=("null-co",)),
+    "null-aio": Entry(f"{_HERE}.null:NullAioDriver", protocol=True, schemes=("null-aio",)),
+    "memory": Entry(f"{_HERE}.memory:MemoryDriver", protocol=True),
+    "raw": Entry(f"{_HERE}.raw:RawDriver"),
+    "qcow2": Entry(f"{_HERE}.qcow2.driver:Qcow2Driver", magics=((0, b"QFI\xfb"),)),
+}
+
+REGISTRY: Final = Registry(DRIVERS)

@@ -1,0 +1,272 @@
+"""The contracts: what a driver must answer, and what it may assume.
+
+There are three kinds. A **protocol driver** stores bytes. A **format driver** maps guest bytes to
+its children and moves none of them. A **filter driver** shows one child, changed on the way.
+
+1. All methods run on the graph's one event loop; between two ``await`` nothing else runs.
+2. Offsets and lengths are in bytes and lie within ``size``; ``graph.io`` has checked that. Those of
+   ``zero`` and ``discard`` are multiples of ``zero_alignment`` and ``discard_alignment``, except
+   that a range may end at ``size``.
+3. ``graph.io`` never runs two of ``allocate … commit``, ``zero``, ``discard`` and
+   ``write_compressed`` at once on ranges that meet when rounded out to ``allocation_unit``.
+4. A driver whose mapping changes calls ``node.mapping_changed()`` before it returns.
+5. Host space that a driver frees may still be read or written by requests that began before: it is
+   reused only after ``node.graph.epochs.passed(epoch)`` for the epoch noted when it was freed, and
+   only after the metadata that freed it is on stable storage (R2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import msgspec
+
+from blocklayer.errors import UnsupportedError
+from blocklayer.graph.child import Role
+from blocklayer.graph.extent import Allocation, Extent, Kind
+from blocklayer.graph.options import CreateOptions, NodeOptions
+from blocklayer.graph.permission import Permission
+
+if TYPE_CHECKING:
+    from blocklayer.graph.child import Child
+    from blocklayer.graph.graph import Graph
+    from blocklayer.graph.node import Node
+
+Buffer = bytes | bytearray | memoryview
+
+
+class BackingReference(msgspec.Struct, frozen=True):
+    """What an image says of its backing file: the name as stored, and the format if stored."""
+
+    filename: str
+    format: str | None = None
+
+
+class ThreadSafeIO(Protocol):
+    """Blocking byte access that any thread may use at any time, for bulk copies."""
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset``; bytes past the end read as zeros."""
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Store all of ``data`` at ``offset``."""
+
+
+class Driver:
+    """What every driver answers. ``node.options`` holds the decoded ``Options`` when ``open``
+    runs.
+    """
+
+    NAME: ClassVar[str]
+    Options: ClassVar[type[NodeOptions]] = NodeOptions
+    CreateOptions: ClassVar[type[CreateOptions] | None] = None
+    supports_backing: ClassVar[bool] = False
+
+    zero_alignment: int = 1
+    discard_alignment: int = 1
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    @classmethod
+    def probe(cls, head: bytes, filename: str) -> int:
+        """How sure the driver is, 0…100, that an image starting with ``head`` is of its format."""
+        return 0
+
+    async def open(self) -> None:
+        """Open children and read what is needed to answer. On error nothing stays open."""
+        raise UnsupportedError(f"Driver '{self.NAME}' cannot be opened")
+
+    async def close(self) -> None:
+        """Write back what is cached; the graph detaches the children afterwards."""
+
+    @property
+    def size(self) -> int:
+        """Bytes the node shows."""
+        raise UnsupportedError(f"Driver '{self.NAME}' has no size")
+
+    async def map(self, offset: int, length: int) -> Extent:
+        """The extent that starts at ``offset``; at most ``length`` long, as long as it can tell."""
+        raise UnsupportedError(f"Driver '{self.NAME}' has no mapping")
+
+    async def read_opaque(self, offset: int, view: memoryview) -> None:
+        """Fill ``view``, which lies within one OPAQUE extent, from guest ``offset``."""
+        raise UnsupportedError(f"Driver '{self.NAME}' has no transformed data")
+
+    async def write_opaque(self, offset: int, data: Buffer) -> None:
+        """Store ``data``, which lies within one OPAQUE and writable extent."""
+        raise UnsupportedError(f"Driver '{self.NAME}' cannot write transformed data")
+
+    async def flush(self) -> None:
+        """When it returns, all that was acknowledged before is on stable storage (R3)."""
+
+    async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Make the range read as zeros without writing it; ``unmap`` allows freeing the space.
+
+        Raises UnsupportedError when only writing zeros would do; the caller then does that.
+        """
+        raise UnsupportedError(f"Driver '{self.NAME}' cannot zero a range quickly")
+
+    async def discard(self, offset: int, length: int) -> None:
+        """The range's contents are of no more use. Raises UnsupportedError if nothing can be
+        done.
+        """
+        raise UnsupportedError(f"Driver '{self.NAME}' does not support discard")
+
+    async def truncate(self, size: int, *, preallocation: str, shrink: bool) -> None:
+        """Change ``size``. A grown area reads as zeros. ``shrink`` allows losing the tail."""
+        raise UnsupportedError(f"Image format driver '{self.NAME}' does not support resize")
+
+    def apply_permissions(self, taken: int, shared: int) -> None:
+        """All users together take ``taken`` and share ``shared`` of this node.
+
+        Raises LockedError, having changed nothing, if that cannot be had.
+        """
+
+    def child_permissions(self, child: Child, taken: int, shared: int) -> tuple[int, int]:
+        """What this node takes and shares of ``child`` while its own users take and share that."""
+        return taken, shared
+
+    def actual_size(self) -> int | None:
+        """Bytes of host storage in use by this node itself, if that is known."""
+        return None
+
+    def specific_info(self) -> msgspec.Struct | None:
+        """The "format specific information" of ``info``; kebab-case when encoded."""
+        return None
+
+
+class ProtocolDriver(Driver):
+    """Stores bytes. Reads past the end of what is stored return zeros."""
+
+    filename_option: ClassVar[str | None] = "filename"
+    """The option that a plain name given for this driver stands for."""
+
+    @classmethod
+    def parse_filename(cls, name: str) -> dict[str, Any]:
+        """Options that ``name`` (``"null-co://"``, ``"disk.raw"``) stands for."""
+        return {cls.filename_option: name} if cls.filename_option else {}
+
+    @property
+    def filename(self) -> str | None:
+        """A plain name that opens the same thing, if there is one."""
+        return None
+
+    def identity(self) -> object | None:
+        """Equal for two nodes that store to the same place; None if that cannot be told."""
+        return None
+
+    async def read(self, offset: int, view: memoryview) -> None:
+        """Fill ``view``."""
+        raise UnsupportedError(f"Driver '{self.NAME}' cannot read")
+
+    async def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Store ``buffers``, one after the other. All or an error: never a short write."""
+        raise UnsupportedError(f"Driver '{self.NAME}' cannot write")
+
+    async def map(self, offset: int, length: int) -> Extent:
+        """All of it is data, here, unless a driver knows better."""
+        return Extent(offset, length, Kind.DATA, offset, None, writable=True)
+
+    def thread_safe_io(self) -> ThreadSafeIO | None:
+        """Access for bulk copies in threads, or None if all must go through the loop."""
+        return None
+
+    @classmethod
+    async def create(cls, graph: Graph, filename: str, options: CreateOptions) -> None:
+        """Make new storage of ``options.size`` bytes that reads as zeros."""
+        raise UnsupportedError(f"Protocol driver '{cls.NAME}' does not support image creation")
+
+
+class FormatDriver(Driver):
+    """Maps. Its mapping may change, its data is moved by ``graph.io`` only."""
+
+    allocation_unit: int = 1
+    """Bytes that are allocated as one: writes into one unit are serialised while it is
+    allocated.
+    """
+    relocates: ClassVar[bool] = False
+    """Whether the place of guest bytes can change (if not, writes need no serialising)."""
+
+    def child_permissions(self, child: Child, taken: int, shared: int) -> tuple[int, int]:
+        """A format needs its storage unchanged by others, and only reads its backing."""
+        if child.role is Role.BACKING:
+            # A parent that copes with changing data copes with a changing backing file.
+            below = int(Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED)
+            if shared & Permission.WRITE:
+                below |= Permission.WRITE | Permission.RESIZE
+            return taken & Permission.CONSISTENT_READ, below
+        wanted = taken | Permission.CONSISTENT_READ
+        if not self.node.flags.read_only:
+            wanted |= Permission.WRITE | Permission.RESIZE
+        else:
+            wanted &= ~(Permission.WRITE | Permission.WRITE_UNCHANGED | Permission.RESIZE)
+        lent = int(Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED)
+        if self.node.flags.force_share:
+            lent = int(Permission.ALL)
+        return wanted, lent
+
+    @property
+    def backing_reference(self) -> BackingReference | None:
+        """What the image's header says of its backing file."""
+        return None
+
+    async def allocate(self, offset: int, length: int) -> Allocation:
+        """Set space aside for a write at ``offset`` of up to ``length`` bytes; readers see no
+        change.
+        """
+        raise UnsupportedError(f"Format '{self.NAME}' is read-only")
+
+    async def commit(self, allocation: Allocation) -> None:
+        """The space holds its data: let readers see it."""
+
+    async def abort(self, allocation: Allocation) -> None:
+        """The space could not be filled: give it back."""
+
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """Store one cluster (or the image's tail) compressed; empty ``data`` ends the stream."""
+        raise UnsupportedError(f"Format '{self.NAME}' does not support compressed writes")
+
+    async def change_backing(self, reference: BackingReference | None) -> None:
+        """Rewrite what the header says of the backing file. The graph is not changed."""
+        raise UnsupportedError(f"Format '{self.NAME}' does not support changing the backing file")
+
+    async def make_empty(self) -> None:
+        """Drop everything this layer holds, so that the backing child shows through."""
+        raise UnsupportedError(f"Format '{self.NAME}' cannot be emptied")
+
+    async def check(self, repair: frozenset[str]) -> CheckResult:
+        """Compare all metadata; ``repair`` is a subset of {"leaks", "errors"}."""
+        raise UnsupportedError(f"Format '{self.NAME}' does not support checks")
+
+    @classmethod
+    async def create(cls, graph: Graph, target: Node, options: CreateOptions) -> None:
+        """Write a new, empty image to ``target``, an open writable protocol node of size 0."""
+        raise UnsupportedError(f"Format driver '{cls.NAME}' does not support image creation")
+
+
+class FilterDriver(Driver):
+    """Shows its child ``file``; subclasses change what passes."""
+
+    @property
+    def size(self) -> int:
+        """The child's size."""
+        return self.node.children["file"].node.driver.size
+
+
+class CheckResult(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What ``check`` found, in QEMU's terms; counts are of clusters or entries."""
+
+    check_errors: int = 0
+    corruptions: int = 0
+    leaks: int = 0
+    corruptions_fixed: int = 0
+    leaks_fixed: int = 0
+    image_end_offset: int = 0
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    fragmented_clusters: int = 0
+    compressed_clusters: int = 0
+    messages: list[str] = []
+    """What was found, one line each, in the order found ("ERROR …", "Leaked …", "Repairing …")."""

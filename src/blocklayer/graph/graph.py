@@ -1,0 +1,112 @@
+"""The graph: all nodes of one block layer, by name, and the edges between them.
+
+1. Node names are unique; unnamed nodes get ``#blockN``.
+2. Attaching checks permissions first: an edge that does not fit is never there (R7).
+3. A node closes when its last parent goes and the graph does not hold it; its children follow.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from blocklayer.errors import BlockError, UsageError
+from blocklayer.graph import permission
+from blocklayer.graph.child import Child, Role
+from blocklayer.graph.gate import Policy
+from blocklayer.graph.request import Epochs
+
+if TYPE_CHECKING:
+    from blocklayer.graph.node import Node
+    from blocklayer.graph.registry import Registry
+    from blocklayer.graph.root import Root
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9.\-_]{0,30}\Z")
+
+
+class Graph:
+    """Nodes and edges, and what they share: drivers, the policy, the epochs of requests."""
+
+    def __init__(self, registry: Registry, policy: Policy | None = None) -> None:
+        self.registry = registry
+        self.policy = policy or Policy()
+        self.nodes: dict[str, Node] = {}
+        self.roots: list[Root] = []
+        self.epochs = Epochs()
+        self._unnamed = 0
+
+    def new_name(self, wanted: str | None) -> str:
+        """``wanted`` if a node may have it, or a fresh name. Raises UsageError."""
+        if wanted is None:
+            self._unnamed += 1
+            return f"#block{self._unnamed:03}"
+        if not _NAME.match(wanted):
+            raise UsageError(
+                f"Invalid node-name: '{wanted}' (a letter, then letters, digits, '-', '.' or '_', "
+                "31 at most)"
+            )
+        if wanted in self.nodes:
+            raise UsageError(f"Duplicate nodes with node-name='{wanted}'")
+        return wanted
+
+    def find(self, name: str) -> Node:
+        """The node ``name``. Raises UsageError if there is none."""
+        node = self.nodes.get(name)
+        if node is None:
+            raise UsageError(f"Cannot find node '{name}'")
+        return node
+
+    def attach(self, parent: Node, name: str, node: Node, role: Role) -> Child:
+        """Make ``node`` the child ``name`` of ``parent``. Raises LockedError if they do not fit."""
+        edge = Child(name, parent, node, role)
+        edge.taken, edge.shared = parent.driver.child_permissions(
+            edge, *permission.cumulative(parent)
+        )
+        self.add_edge(edge)
+        parent.children[name] = edge
+        parent.mapping_changed()
+        return edge
+
+    def add_edge(self, edge: Child) -> None:
+        """Enter ``edge`` at its child; it has its permissions already. Undone on error."""
+        edge.node.parents.append(edge)
+        try:
+            permission.refresh(edge.node)
+        except BaseException:
+            edge.node.parents.remove(edge)
+            raise
+
+    async def detach(self, edge: Child) -> None:
+        """Remove ``edge``; nodes that nobody uses any more are closed. Raises the first error
+        met.
+        """
+        if edge.parent is not None:
+            del edge.parent.children[edge.name]
+            edge.parent.mapping_changed()
+        edge.node.parents.remove(edge)
+        await self.release(edge.node)
+
+    async def release(self, node: Node) -> None:
+        """Close ``node`` if nobody uses it, and what it alone used. Raises the first error met."""
+        failure: BlockError | None = None
+        pending = [node]
+        while pending:
+            unused = pending.pop()
+            if self.nodes.get(unused.name) is not unused:
+                continue
+            if unused.parents or unused.held:
+                permission.refresh(unused)
+                continue
+            try:
+                await unused.driver.close()
+            except BlockError as error:
+                # The rest must be closed all the same: its locks and descriptors are real.
+                failure = failure or error
+            unused.runs.clear()
+            for edge in list(unused.children.values()):
+                del unused.children[edge.name]
+                edge.node.parents.remove(edge)
+                pending.append(edge.node)
+            self.nodes.pop(unused.name, None)
+        if failure is not None:
+            raise failure

@@ -1,0 +1,320 @@
+"""The one choke point: every byte that moves through the graph moves here.
+
+1. Requests lie within the node's size; anything else fails before any effect.
+2. A write reaches readers as a whole once it returned; what it did not touch of a cluster stays
+   what it was. Data is in its place before ``commit`` shows it.
+3. Requests that change the mapping of one allocation unit run one after the other (``Claims``); all
+   others run side by side.
+4. Zeros and discards that no driver can do quickly are written, or dropped, here, for every driver
+   alike. A discard never makes old data of a lower layer visible: that is the drivers' duty.
+5. An error reaches the caller of the request it happened in (R6).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+
+from blocklayer.errors import StorageError, UnsupportedError, UsageError
+from blocklayer.graph.driver import Buffer, Driver, FormatDriver, ProtocolDriver
+from blocklayer.graph.extent import Allocation, Kind
+from blocklayer.graph.node import Node
+from blocklayer.graph.registry import PROBE_SIZE
+from blocklayer.graph.resolve import locate, status
+from blocklayer.units import MIB, SECTOR, align_down, align_up
+
+_ZERO_CHUNK = 2 * MIB
+_zeros = [bytes(64 * 1024)]
+
+
+def zeros(length: int) -> memoryview:
+    """``length`` zero bytes, shared: never write to them."""
+    if len(_zeros[0]) < length:
+        _zeros[0] = bytes(max(length, _ZERO_CHUNK))
+    return memoryview(_zeros[0])[:length]
+
+
+def is_zero(data: Buffer) -> bool:
+    """Whether all bytes of ``data`` are zero."""
+    view = memoryview(data)
+    # Most data shows a non-zero byte early: look there before comparing it all.
+    if any(view[:16]):
+        return False
+    return all(
+        view[at : at + _ZERO_CHUNK] == zeros(len(view[at : at + _ZERO_CHUNK]))
+        for at in range(0, len(view), _ZERO_CHUNK)
+    )
+
+
+def check_range(node: Node, offset: int, length: int) -> None:
+    """Raise StorageError (EIO) unless the range lies within ``node``."""
+    if offset < 0 or length < 0 or offset + length > node.size:
+        raise StorageError(
+            f"Request for {length:#x} bytes at {offset:#x} is outside '{node.filename}' "
+            f"({node.size:#x} bytes)",
+            errno.EIO,
+        )
+
+
+async def read(node: Node, offset: int, length: int) -> bytes:
+    """``length`` bytes from ``offset``."""
+    check_range(node, offset, length)
+    data = bytearray(length)
+    await read_into(node, offset, memoryview(data))
+    return bytes(data)
+
+
+async def read_into(node: Node, offset: int, view: memoryview) -> None:
+    """Fill ``view`` from ``offset``: each run from the first layer that has it."""
+    driver = node.driver
+    if isinstance(driver, ProtocolDriver):
+        await driver.read(offset, view)
+        return
+    done, total = 0, len(view)
+    while done < total:
+        at = offset + done
+        run = await locate(node, at, total - done)
+        length = min(run.end - at, total - done)
+        piece = view[done : done + length]
+        if run.kind is Kind.ZERO or run.storage is None or run.host_offset is None:
+            piece[:] = zeros(length)
+        elif run.kind is Kind.OPAQUE:
+            await run.storage.driver.read_opaque(run.host_offset + (at - run.offset), piece)
+        else:
+            storage = run.storage.driver
+            assert isinstance(storage, ProtocolDriver)
+            await storage.read(run.host_offset + (at - run.offset), piece)
+        done += length
+
+
+async def write(node: Node, offset: int, data: Buffer) -> None:
+    """Store ``data`` at ``offset``. Zeros are written as zeros if ``detect-zeroes`` says so."""
+    view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
+    check_range(node, offset, len(view))
+    node.check_writable()
+    detect = node.flags.detect_zeroes
+    if detect != "off" and len(view) and is_zero(view):
+        await write_zeroes(node, offset, len(view), unmap=detect == "unmap")
+        return
+    if node.probed and offset < PROBE_SIZE:
+        _guard_first_sectors(node, offset, view)
+    await _write(node, offset, view)
+
+
+def _guard_first_sectors(node: Node, offset: int, view: memoryview) -> None:
+    """Refuse a write that would make a disk that was guessed to be raw look like another format.
+
+    A guest could otherwise plant a header that names any file of the host as its backing file, to
+    be opened the next time somebody guesses the format.
+    """
+    if node.driver.NAME != "raw" or offset >= SECTOR:
+        return
+    head = bytes(offset) + bytes(view[: PROBE_SIZE - offset])
+    if node.graph.registry.probe(head, node.filename) != "raw":
+        raise StorageError(
+            f"Writing an image header to sector 0 of '{node.filename}' is refused: its format was "
+            "only guessed to be raw. Name the format ('raw') to allow it",
+            errno.EPERM,
+        )
+
+
+async def _write(node: Node, offset: int, view: memoryview) -> None:
+    driver = node.driver
+    if isinstance(driver, ProtocolDriver):
+        await driver.write(offset, (view,))
+        return
+    done, total = 0, len(view)
+    while done < total:
+        at = offset + done
+        extent = await driver.map(at, total - done)
+        length = min(extent.length, total - done)
+        if not extent.writable:
+            assert isinstance(driver, FormatDriver)
+            length = await _write_allocating(driver, at, view[done:])
+        elif extent.kind is Kind.OPAQUE:
+            await driver.write_opaque(at, view[done : done + length])
+        else:
+            assert extent.child is not None
+            assert extent.host_offset is not None
+            await _write(extent.child.node, extent.host_offset, view[done : done + length])
+        done += length
+
+
+async def _write_allocating(driver: FormatDriver, offset: int, view: memoryview) -> int:
+    """Write the start of ``view`` to new space; the answer is how many bytes were written."""
+    node, unit = driver.node, driver.allocation_unit
+    async with node.claims.claim(align_down(offset, unit), align_up(offset + len(view), unit)):
+        extent = await driver.map(offset, len(view))
+        if extent.writable:
+            # Somebody allocated it while we waited for the claim: take the plain way.
+            return 0
+        allocation = await driver.allocate(offset, min(len(view), extent.length))
+        try:
+            await _fill(node, allocation, view[: allocation.length])
+            await driver.commit(allocation)
+        except BaseException:
+            await driver.abort(allocation)
+            raise
+        return allocation.length
+
+
+async def _fill(node: Node, allocation: Allocation, view: memoryview) -> None:
+    """Write ``view`` and, around it, what the guest reads there now, to the allocated space."""
+    buffers: list[Buffer] = [view]
+    place = allocation.host_offset
+    start, end = allocation.offset, allocation.offset + allocation.length
+    if allocation.head:
+        head = await _read_around(node, start - allocation.head, allocation.head)
+        if allocation.reads_zero and is_zero(head):
+            place += allocation.head
+        else:
+            buffers.insert(0, head)
+    if allocation.tail:
+        tail = await _read_around(node, end, allocation.tail)
+        if not (allocation.reads_zero and is_zero(tail)):
+            buffers.append(tail)
+    await _write_buffers(allocation.child.node, place, buffers)
+
+
+async def _read_around(node: Node, offset: int, length: int) -> bytearray:
+    """What the guest reads in ``[offset, offset + length)``, zeros past the end of the disk."""
+    data = bytearray(length)
+    within = max(0, min(length, node.size - offset))
+    if within:
+        await read_into(node, offset, memoryview(data)[:within])
+    return data
+
+
+async def _write_buffers(node: Node, offset: int, buffers: Sequence[Buffer]) -> None:
+    if isinstance(node.driver, ProtocolDriver):
+        await node.driver.write(offset, buffers)
+    else:
+        await _write(node, offset, memoryview(b"".join(buffers)))
+
+
+async def write_zeroes(
+    node: Node, offset: int, length: int, *, unmap: bool = False, fallback: bool = True
+) -> None:
+    """Make the range read as zeros; ``unmap`` allows giving its space back.
+
+    Without ``fallback``, raises UnsupportedError rather than writing zeros.
+    """
+    check_range(node, offset, length)
+    node.check_writable()
+    driver = node.driver
+    unmap = unmap and node.flags.discard_unmap
+    end = offset + length
+    unit = driver.zero_alignment
+    if unit > 1:
+        offset, end = await _widen(node, offset, end, unit)
+    start = align_up(offset, unit)
+    stop = end if end == node.size else align_down(end, unit)
+    if stop <= start:
+        await _zero_by_writing(node, offset, end - offset, fallback)
+        return
+    await _zero_by_writing(node, offset, start - offset, fallback)
+    try:
+        await _zero_aligned(driver, start, stop - start, unmap)
+    except UnsupportedError:
+        await _zero_by_writing(node, start, stop - start, fallback)
+    await _zero_by_writing(node, stop, end - stop, fallback)
+
+
+async def _zero_aligned(driver: Driver, offset: int, length: int, unmap: bool) -> None:
+    if not isinstance(driver, FormatDriver):
+        await driver.zero(offset, length, unmap=unmap)
+        return
+    async with driver.node.claims.claim(offset, offset + length):
+        await driver.zero(offset, length, unmap=unmap)
+
+
+async def _widen(node: Node, offset: int, end: int, unit: int) -> tuple[int, int]:
+    """Take in the rest of the first and last unit where it reads as zeros already."""
+    low, high = align_down(offset, unit), min(align_up(end, unit), node.size)
+    if low < offset and await reads_zero(node, low, offset - low):
+        offset = low
+    if high > end and await reads_zero(node, end, high - end):
+        end = high
+    return offset, end
+
+
+async def reads_zero(node: Node, offset: int, length: int) -> bool:
+    """Whether block status says that the whole range reads as zeros; no data is read."""
+    end = offset + length
+    while offset < end:
+        run = await status(node, offset, end - offset)
+        if run.kind is not Kind.ZERO:
+            return False
+        offset = run.end
+    return True
+
+
+async def _zero_by_writing(node: Node, offset: int, length: int, allowed: bool) -> None:
+    if length and not allowed:
+        raise UnsupportedError(
+            f"'{node.filename}' cannot zero {length:#x} bytes at {offset:#x} fast"
+        )
+    end = offset + length
+    while offset < end:
+        chunk = min(end - offset, _ZERO_CHUNK)
+        await _write(node, offset, zeros(chunk))
+        offset += chunk
+
+
+async def discard(node: Node, offset: int, length: int) -> None:
+    """The guest has no more use for the range: give its space back if ``discard=unmap``.
+
+    Parts of clusters stay as they are. Never an error for want of support.
+    """
+    check_range(node, offset, length)
+    node.check_writable()
+    if not node.flags.discard_unmap:
+        return
+    driver, end = node.driver, offset + length
+    unit = driver.discard_alignment
+    start = align_up(offset, unit)
+    stop = end if end == node.size else align_down(end, unit)
+    if stop <= start:
+        return
+    try:
+        if isinstance(driver, FormatDriver):
+            async with node.claims.claim(start, stop):
+                await driver.discard(start, stop - start)
+        else:
+            await driver.discard(start, stop - start)
+    except UnsupportedError:
+        return
+
+
+async def write_compressed(node: Node, offset: int, data: Buffer) -> None:
+    """Store ``data`` compressed: whole clusters, or the tail of the image."""
+    check_range(node, offset, len(data))
+    node.check_writable()
+    driver = node.driver
+    if not isinstance(driver, FormatDriver):
+        raise UnsupportedError(f"Driver '{driver.NAME}' does not support compressed writes")
+    unit = driver.allocation_unit
+    if offset % unit or (len(data) % unit and offset + len(data) != node.size):
+        raise UsageError(
+            f"Compressed writes to '{node.filename}' must cover whole clusters of {unit} bytes "
+            f"({len(data):#x} bytes at {offset:#x})"
+        )
+    async with node.claims.claim(offset, offset + len(data)):
+        await driver.write_compressed(offset, data)
+
+
+async def flush(node: Node) -> None:
+    """When it returns, all that was acknowledged before survives a crash (R3)."""
+    if node.flags.no_flush and isinstance(node.driver, ProtocolDriver):
+        return
+    await node.driver.flush()
+
+
+async def truncate(
+    node: Node, size: int, *, preallocation: str = "off", shrink: bool = False
+) -> None:
+    """Change the node's size; a grown area reads as zeros, also over a longer backing file."""
+    node.check_writable()
+    async with node.claims.claim(0, max(size, node.size)):
+        await node.driver.truncate(size, preallocation=preallocation, shrink=shrink)
+    node.mapping_changed()

@@ -1,0 +1,142 @@
+"""Nodes: one driver's instance in the graph, with its options, children and users.
+
+1. A node is opened by ``graph.open`` and lives until its last parent is detached and the graph
+   holds no reference of its own.
+2. ``generation`` grows with every change of where guest bytes live, here or below; whatever was
+   derived from the mapping (``graph.resolve``) is stale from then on.
+3. After ``poison`` (an error that leaves memory and disk in doubt) writes are refused and reads go
+   on (R4).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from blocklayer.errors import StorageError, UsageError
+from blocklayer.graph.child import Child, Role
+from blocklayer.graph.request import Claims
+
+if TYPE_CHECKING:
+    from blocklayer.graph.driver import Driver
+    from blocklayer.graph.extent import Run
+    from blocklayer.graph.graph import Graph
+    from blocklayer.graph.options import NodeOptions, Reference
+
+
+class Flags(msgspec.Struct, kw_only=True):
+    """The generic options in force, after inheritance from the parent."""
+
+    read_only: bool = True
+    auto_read_only: bool = False
+    direct: bool = False
+    no_flush: bool = False
+    force_share: bool = False
+    discard_unmap: bool = False
+    detect_zeroes: str = "off"
+
+    def inherited(self, role: Role) -> Flags:
+        """What a child in ``role`` has where its own options are silent."""
+        if role is Role.BACKING:
+            return Flags(direct=self.direct, no_flush=self.no_flush, force_share=self.force_share)
+        return Flags(
+            read_only=self.read_only,
+            auto_read_only=self.auto_read_only,
+            direct=self.direct,
+            no_flush=self.no_flush,
+            force_share=self.force_share,
+            # What may be discarded is decided above; below, it is done.
+            discard_unmap=True,
+        )
+
+
+class Node:
+    """One node of the graph. Made by ``graph.open`` only."""
+
+    def __init__(self, graph: Graph, name: str, flags: Flags, options: NodeOptions) -> None:
+        self.graph = graph
+        self.name = name
+        self.flags = flags
+        self.options = options
+        self.driver: Driver
+        self.children: dict[str, Child] = {}
+        self.parents: list[Child] = []
+        self.held = False
+        """The graph keeps the node alive without a parent (added by name)."""
+        self.taken = 0
+        self.shared = 15
+        self.generation = 0
+        self.runs: list[Run] = []
+        """Resolved runs of generation ``runs_generation``; owned by ``graph.resolve``."""
+        self.runs_generation = -1
+        self.claims = Claims()
+        self.probed = False
+        """The format was guessed, not told: the guard on sector 0 applies to raw."""
+        self.overrides: dict[str, Any] = {}
+        """The options that differ from what the plain file name alone would give."""
+        self.poisoned: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes the node shows."""
+        return self.driver.size
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused."""
+        return self.flags.read_only
+
+    @property
+    def backing(self) -> Node | None:
+        """The node that shows through where this one has nothing."""
+        edge = self.children.get("backing")
+        return edge.node if edge else None
+
+    @property
+    def filename(self) -> str:
+        """What to call the node's image: a plain name, or a ``json:`` one that opens it."""
+        from blocklayer.graph.filename import describe
+
+        return describe(self)
+
+    async def open_child(
+        self, name: str, reference: Reference | None, role: Role = Role.STORAGE
+    ) -> Node:
+        """Open or look up the child that ``reference`` stands for, and attach it."""
+        from blocklayer.graph.open import open_reference
+
+        if reference is None or reference == "":
+            raise UsageError(f'A block device must be specified for "{name}"')
+        node = await open_reference(self.graph, reference, self.flags.inherited(role))
+        self.graph.attach(self, name, node, role)
+        return node
+
+    def mapping_changed(self) -> None:
+        """Where guest bytes live has changed: forget what was resolved here and above."""
+        pending = [self]
+        while pending:
+            node = pending.pop()
+            node.generation += 1
+            pending += [edge.parent for edge in node.parents if edge.parent is not None]
+
+    def poison(self, reason: str) -> None:
+        """Refuse writes from now on."""
+        if self.poisoned is None:
+            self.poisoned = reason
+
+    def check_writable(self) -> None:
+        """Raise unless the node takes writes."""
+        if self.flags.read_only:
+            raise StorageError(f"Block node '{self.filename}' is read-only", 1, self.filename)
+        if self.poisoned is not None:
+            raise StorageError(f"Writes to '{self.filename}' are refused: {self.poisoned}", 5)
+
+    def chain(self) -> list[Node]:
+        """This node and its backing nodes, from the top down."""
+        layers: list[Node] = []
+        layer: Node | None = self
+        while layer is not None:
+            layers.append(layer)
+            layer = layer.backing
+        return layers

@@ -1,0 +1,247 @@
+"""Opening: from names and options to nodes, one layer at a time, down the whole backing chain.
+
+1. On any error nothing that was opened stays open, and the error says which layer failed.
+2. A chain is opened top down in a loop, so its depth is bounded by the policy, not by the stack.
+3. What an image names passes ``Policy.check`` before anything is opened (R8). A file that is met
+   twice in one chain is a loop.
+4. An image's format is probed only when nobody names it; then the node is marked ``probed``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from msgspec import UNSET
+
+from blocklayer.errors import BlockError, FormatError, PolicyError, UsageError
+from blocklayer.graph.child import Role
+from blocklayer.graph.driver import FormatDriver, ProtocolDriver
+from blocklayer.graph.filename import image_options, resolve_relative, scheme_of, storage_of
+from blocklayer.graph.node import Flags, Node
+from blocklayer.graph.options import NodeOptions, Reference, decode
+from blocklayer.graph.registry import PROBE_SIZE
+
+if TYPE_CHECKING:
+    from blocklayer.graph.graph import Graph
+
+_MAX_NESTING = 32
+"""Formats inside formats that options may ask for."""
+
+
+async def open_image(
+    graph: Graph,
+    image: str | Mapping[str, Any],
+    *,
+    format: str | None = None,
+    flags: Flags | None = None,
+    backing: bool = True,
+) -> Node:
+    """Open ``image`` (a name, ``json:{…}``, or options) as a node without parents.
+
+    ``backing`` False leaves the backing chain closed: the node then shows zeros where it has
+    nothing; good for metadata only. The caller attaches a root, or gives the node back with
+    ``graph.release``.
+    """
+    options = image_options(image, graph.registry, format) if isinstance(image, str) else {**image}
+    if format is not None and not isinstance(image, str):
+        options.setdefault("driver", format)
+    return await open_options(graph, options, flags or Flags(), backing=backing)
+
+
+async def open_reference(graph: Graph, reference: Reference, inherited: Flags) -> Node:
+    """The node that ``reference`` stands for: an existing one by name, or a new one."""
+    if isinstance(reference, str):
+        return graph.find(reference)
+    return await open_options(graph, reference, inherited)
+
+
+async def open_options(
+    graph: Graph, options: Mapping[str, Any], inherited: Flags, *, backing: bool = True
+) -> Node:
+    """Open a node from nested ``options``, and its backing chain unless ``backing`` is False."""
+    _check_nesting(options)
+    node = await _open_one(graph, options, inherited)
+    if backing:
+        try:
+            await _open_chain(graph, node)
+        except BaseException:
+            await graph.release(node)
+            raise
+    return node
+
+
+def _check_nesting(options: Mapping[str, Any]) -> None:
+    pending: list[tuple[Mapping[str, Any], int]] = [(options, 0)]
+    while pending:
+        members, depth = pending.pop()
+        if depth > _MAX_NESTING:
+            raise UsageError(f"Options nest more than {_MAX_NESTING} levels of nodes")
+        pending += [(m, depth + 1) for m in members.values() if isinstance(m, Mapping)]
+
+
+async def _open_one(graph: Graph, options: Mapping[str, Any], inherited: Flags) -> Node:
+    """Open one node and its storage, without its backing chain."""
+    options = {**options}
+    storage: Node | None = None
+    name = options.get("driver")
+    if name is None and "filename" in options and "file" not in options:
+        options["file"] = image_options(str(options.pop("filename")), graph.registry)["file"]
+    if name is None:
+        storage, name = await _probe(graph, options, inherited)
+        options["driver"] = name
+    try:
+        driver = graph.registry.load(str(name))
+        if "filename" in options and not issubclass(driver, ProtocolDriver):
+            # "driver=qcow2,filename=x" is short for a file child of that name.
+            options["file"] = image_options(str(options.pop("filename")), graph.registry)["file"]
+        if storage is not None:
+            options["file"] = storage.name
+        decoded = decode(driver.Options, options)
+        node = Node(graph, graph.new_name(decoded.node_name), _flags(decoded, inherited), decoded)
+        node.probed = storage is not None
+        node.driver = driver(node)
+        graph.nodes[node.name] = node
+        await _open_driver(node)
+    except BaseException:
+        if storage is not None:
+            storage.held = False
+            await graph.release(storage)
+        raise
+    if storage is not None:
+        storage.held = False
+    return node
+
+
+async def _open_driver(node: Node) -> None:
+    try:
+        await node.driver.open()
+    except BaseException:
+        # What the driver did not open it need not close: detach, do not call close().
+        children = list(node.children.values())
+        del node.graph.nodes[node.name]
+        node.children.clear()
+        for edge in children:
+            edge.node.parents.remove(edge)
+            await node.graph.release(edge.node)
+        raise
+
+
+async def _probe(graph: Graph, options: Mapping[str, Any], inherited: Flags) -> tuple[Node, str]:
+    """Open the storage of an image of unknown format and guess the format from its first bytes."""
+    if not graph.policy.probe:
+        raise PolicyError("The policy forbids guessing an image's format: name it")
+    reference = options.get("file")
+    if reference is None:
+        raise UsageError("Must specify either driver or file")
+    flags = _flags(decode(NodeOptions, _generic(options)), inherited)
+    storage = await open_reference(graph, reference, flags.inherited(Role.STORAGE))
+    # Held until the format node is its parent.
+    storage.held = True
+    try:
+        head = bytearray(min(PROBE_SIZE, storage.size))
+        from blocklayer.graph import io
+
+        await io.read_into(storage, 0, memoryview(head))
+    except BaseException:
+        storage.held = False
+        await graph.release(storage)
+        raise
+    return storage, graph.registry.probe(bytes(head), storage.filename)
+
+
+def _generic(options: Mapping[str, Any]) -> dict[str, Any]:
+    known = {"node-name", "read-only", "auto-read-only", "force-share", "discard"}
+    known |= {"detect-zeroes", "cache"}
+    return {name: value for name, value in options.items() if name in known}
+
+
+def _flags(options: NodeOptions, inherited: Flags) -> Flags:
+    """The generic options in force: what is given, else what the parent hands down."""
+
+    def chosen(given: Any, otherwise: Any) -> Any:
+        return otherwise if given is UNSET else given
+
+    unmap = inherited.discard_unmap
+    flags = Flags(
+        read_only=chosen(options.read_only, inherited.read_only),
+        auto_read_only=chosen(options.auto_read_only, inherited.auto_read_only),
+        direct=chosen(options.cache.direct, inherited.direct),
+        no_flush=chosen(options.cache.no_flush, inherited.no_flush),
+        force_share=chosen(options.force_share, inherited.force_share),
+        discard_unmap=unmap if options.discard is UNSET else options.discard == "unmap",
+        detect_zeroes=chosen(options.detect_zeroes, inherited.detect_zeroes),
+    )
+    if flags.force_share and not flags.read_only:
+        raise UsageError("force-share=on can only be used with read-only images")
+    if flags.detect_zeroes == "unmap" and not flags.discard_unmap:
+        raise UsageError("setting detect-zeroes to unmap is not allowed without discard=unmap")
+    return flags
+
+
+async def _open_chain(graph: Graph, top: Node) -> None:
+    """Open the backing nodes of ``top``, one below the other."""
+    seen = {_identity(top)} - {None}
+    layer, depth = top, 1
+    while True:
+        below = await _open_backing(graph, layer)
+        if below is None:
+            return
+        depth += 1
+        try:
+            graph.policy.check_depth(top.filename, depth)
+            identity = _identity(below)
+            if identity is not None and identity in seen:
+                raise FormatError(f"Backing file '{below.filename}' creates an infinite loop.")
+            seen.add(identity)
+        except BaseException:
+            await graph.release(below)
+            raise
+        graph.attach(layer, "backing", below, Role.BACKING)
+        if "backing" in below.children:
+            # An existing node given by name: its chain stands already.
+            return
+        layer = below
+
+
+def _identity(node: Node) -> object | None:
+    driver = storage_of(node).driver
+    return driver.identity() if isinstance(driver, ProtocolDriver) else None
+
+
+async def _open_backing(graph: Graph, node: Node) -> Node | None:
+    """Open the node below ``node``, from its options or from what its image says; without chain."""
+    driver = node.driver
+    if not isinstance(driver, FormatDriver) or not driver.supports_backing:
+        return None
+    given = getattr(node.options, "backing", UNSET)
+    if given is None or given == "":
+        return None
+    if isinstance(given, str):
+        return graph.find(given)
+    options: dict[str, Any] = {} if given is UNSET else {**given}
+    if "file" not in options and "filename" not in options:
+        reference = driver.backing_reference
+        if reference is None:
+            if options:
+                raise UsageError(f"'{node.filename}' has no backing file to give options for")
+            return None
+        options = _named_backing(graph, node, reference.filename, reference.format, options)
+    try:
+        return await _open_one(graph, options, node.flags.inherited(Role.BACKING))
+    except BlockError as error:
+        raise error.reworded(f"Could not open backing file: {error}") from error
+
+
+def _named_backing(
+    graph: Graph, node: Node, name: str, format: str | None, extra: dict[str, Any]
+) -> dict[str, Any]:
+    """Options for the backing file that ``node``'s image names."""
+    image = node.filename
+    full = name if name.startswith("json:") else resolve_relative(storage_of(node).filename, name)
+    local = not full.startswith("json:") and scheme_of(full) in (None, "file")
+    graph.policy.check(image, "backing file", full.removeprefix("file:"), local=local)
+    wanted = str(extra["driver"]) if "driver" in extra else format
+    if wanted is None and not graph.policy.probe:
+        raise PolicyError(f"'{image}' does not name its backing file's format, and guessing is off")
+    return {**image_options(full, graph.registry, wanted), **extra}

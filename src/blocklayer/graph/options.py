@@ -1,0 +1,201 @@
+"""Options: one declared struct a driver, from which every way of naming options is read.
+
+The same options arrive as a dict from Python or JSON, as ``json:{…}`` in place of a file name, or
+as dotted keys (``file.filename=a.raw``). All three end here.
+
+1. Declared names are kebab-case; an unknown name is an error, never ignored.
+2. Text values (dotted keys carry nothing else) are read by the declared type: on/off, sizes,
+   numbers.
+3. Children (``file``, ``backing``, …) stay as they are: a node's name, a nested dict, or null.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar, Union
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from blocklayer.errors import UsageError
+from blocklayer.units import parse_size
+
+Reference = str | dict[str, Any]
+"""A child: the name of an existing node, or the options of a new one."""
+
+Size = Annotated[int, Meta(ge=0, extra={"size": True})]
+"""Bytes; as text with a suffix (``64k``)."""
+
+
+class CacheOptions(msgspec.Struct, rename="kebab", forbid_unknown_fields=True):
+    """``cache.*``: whether the host's page cache is used, and whether flushes are obeyed."""
+
+    direct: bool | UnsetType = UNSET
+    no_flush: bool | UnsetType = UNSET
+
+
+class NodeOptions(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, kw_only=True):
+    """The members every node takes; drivers derive from this. UNSET: inherit from the parent."""
+
+    driver: str = ""
+    node_name: str | None = None
+    read_only: bool | UnsetType = UNSET
+    auto_read_only: bool | UnsetType = UNSET
+    force_share: bool | UnsetType = UNSET
+    discard: Literal["ignore", "unmap"] | UnsetType = UNSET
+    detect_zeroes: Literal["off", "on", "unmap"] | UnsetType = UNSET
+    cache: CacheOptions = msgspec.field(default_factory=CacheOptions)
+
+
+class CreateOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What creation of an image takes, by the names of ``-o``; drivers derive from this.
+
+    Each field is described (``Meta(description=…)``): that text is its line in ``-o help``.
+    """
+
+    size: Annotated[Size, Meta(description="Virtual disk size")] = 0
+
+
+Options = TypeVar("Options", bound=msgspec.Struct)
+
+_TRUE = frozenset(("on", "yes", "true", "y"))
+_FALSE = frozenset(("off", "no", "false", "n"))
+
+
+def decode(cls: type[Options], values: Mapping[str, Any], what: str = "Parameter") -> Options:
+    """``values`` as a ``cls``; raises UsageError naming the member that does not fit."""
+    known = {field.encode_name: field for field in msgspec.structs.fields(cls)}
+    for name in values:
+        if name not in known:
+            raise UsageError(f"{what} '{name}' is unexpected")
+    ready = {name: _from_text(known[name].type, value, name) for name, value in values.items()}
+    try:
+        return msgspec.convert(ready, cls)
+    except msgspec.ValidationError as error:
+        raise UsageError(_explain(error, ready, known, what)) from None
+
+
+def _explain(
+    error: msgspec.ValidationError, values: Mapping[str, Any], known: Mapping[str, Any], what: str
+) -> str:
+    text = str(error)
+    message, _, path = text.partition(" - at `$.")
+    name = path.rstrip("`").split(".")[0].split("[")[0]
+    if "missing required field" in text:
+        return f"{what} '{text.split('`')[1]}' is missing"
+    if name in known and isinstance(values.get(name), str) and "enum value" in message:
+        return f"{what} '{name}' does not accept value '{values[name]}'"
+    return f"Invalid value for '{name}': {message}" if name else f"Invalid options: {message}"
+
+
+def _from_text(kind: Any, value: Any, name: str) -> Any:
+    """Read a text value by its declared type; everything else is left to validation."""
+    if isinstance(value, Mapping) and isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        inner = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+        return {
+            key: _from_text(inner[key], item, f"{name}.{key}") if key in inner else item
+            for key, item in value.items()
+        }
+    if not isinstance(value, str):
+        return value
+    kinds, is_size = _plain_types(kind)
+    if str in kinds:
+        return value
+    if bool in kinds and value in _TRUE | _FALSE:
+        return value in _TRUE
+    if bool in kinds and int not in kinds:
+        raise UsageError(f"Parameter '{name}' expects 'on' or 'off'")
+    if int in kinds:
+        if is_size:
+            return parse_size(value, what=f"value for parameter '{name}'")
+        try:
+            return int(value, 0)
+        except ValueError:
+            raise UsageError(f"Parameter '{name}' expects a number") from None
+    return value
+
+
+def _plain_types(kind: Any) -> tuple[set[Any], bool]:
+    """The plain types in an annotation, and whether it is marked as a size."""
+    if typing.get_origin(kind) is Annotated:
+        base, *notes = typing.get_args(kind)
+        kinds, is_size = _plain_types(base)
+        marked = any(isinstance(note, Meta) and (note.extra or {}).get("size") for note in notes)
+        return kinds, is_size or marked
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        kinds, is_size = set(), False
+        for part in typing.get_args(kind):
+            inner, marked = _plain_types(part)
+            kinds |= inner
+            is_size |= marked
+        return kinds, is_size
+    return {kind}, False
+
+
+def parse_pairs(text: str, *, implied: str | None = None) -> dict[str, str]:
+    """``"driver=raw,file.filename=a,,b"`` as a flat dict; a doubled comma stands for one.
+
+    A first part without ``=`` is the value of ``implied``; a later one means ``=on``.
+    """
+    pairs: dict[str, str] = {}
+    for position, part in enumerate(_split_commas(text)):
+        key, equals, value = part.partition("=")
+        if not equals:
+            if position == 0 and implied:
+                key, value = implied, part
+            elif not key:
+                raise UsageError(f"Expected '=' after parameter '{part}'")
+            else:
+                value = "on"
+        pairs[key] = value
+    return pairs
+
+
+def _split_commas(text: str) -> Iterable[str]:
+    part = ""
+    pieces = text.split(",")
+    index = 0
+    while index < len(pieces):
+        part += pieces[index]
+        # ",," splits into an empty piece in the middle: the comma belongs to the value.
+        if index + 2 < len(pieces) and pieces[index + 1] == "":
+            part += ","
+            index += 2
+            continue
+        yield part
+        part = ""
+        index += 1
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"file.driver": "null-co"}`` as ``{"file": {"driver": "null-co"}}``."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *path, last = key.split(".")
+        place = nested
+        for name in path:
+            inner = place.setdefault(name, {})
+            if not isinstance(inner, dict):
+                raise UsageError(f"Option '{name}' is given both a value and members ('{key}')")
+            place = inner
+        if isinstance(place.get(last), dict) and isinstance(value, Mapping):
+            place[last].update(value)
+        elif last in place:
+            raise UsageError(f"Option '{key}' is given twice")
+        else:
+            place[last] = value
+    return nested
+
+
+def parse_json_name(name: str) -> dict[str, Any]:
+    """The options in a ``json:{…}`` pseudo file name; its keys may be dotted."""
+    try:
+        value = json.loads(name.removeprefix("json:"))
+    except ValueError as error:
+        raise UsageError(f"Could not parse the JSON options: {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError("Invalid JSON object given: a json: name must hold an object")
+    return unflatten(value)

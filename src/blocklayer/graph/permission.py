@@ -1,0 +1,105 @@
+"""Permissions: what each user of a node does to it, and what it lets others do.
+
+1. A parent *takes* permissions on a child and *shares* those it lets other parents take. Two
+   parents fit together when neither takes what the other does not share.
+2. The numbers are QEMU's, since the file driver shows them to other processes as lock bytes.
+3. An update is computed and checked for every affected node before any of it takes effect, and
+   undone as a whole if one driver refuses (R7).
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Final
+
+from blocklayer.errors import LockedError
+
+if TYPE_CHECKING:
+    from blocklayer.graph.child import Child
+    from blocklayer.graph.node import Node
+
+
+class Permission(enum.IntFlag):
+    """What a parent may do to a child. Bit numbers are those of the lock bytes."""
+
+    NONE = 0
+    CONSISTENT_READ = 1
+    WRITE = 2
+    WRITE_UNCHANGED = 4
+    RESIZE = 8
+    ALL = 15
+
+
+NAMES: Final = {
+    Permission.CONSISTENT_READ: "consistent read",
+    Permission.WRITE: "write",
+    Permission.WRITE_UNCHANGED: "write unchanged",
+    Permission.RESIZE: "resize",
+}
+
+
+def names(permissions: int) -> str:
+    """``permissions`` as people read them: "write, resize"."""
+    return ", ".join(name for flag, name in NAMES.items() if permissions & flag)
+
+
+def cumulative(node: Node) -> tuple[int, int]:
+    """What all of ``node``'s parents together take of it, and what all of them share."""
+    taken, shared = 0, int(Permission.ALL)
+    for edge in node.parents:
+        taken |= edge.taken
+        shared &= edge.shared
+    return taken, shared
+
+
+def refresh(node: Node) -> None:
+    """Recompute permissions from ``node`` down, after one of its parent edges changed.
+
+    Raises LockedError (nothing changed) when two users of a node do not fit together or another
+    process holds the file.
+    """
+    undo: list[tuple[Child, int, int]] = []
+    applied: list[tuple[Node, int, int]] = []
+    try:
+        _propagate(node, undo, applied)
+    except BaseException:
+        for edge, taken, shared in reversed(undo):
+            edge.taken, edge.shared = taken, shared
+        for below, taken, shared in reversed(applied):
+            below.driver.apply_permissions(taken, shared)
+            below.taken, below.shared = taken, shared
+        raise
+
+
+def _propagate(
+    top: Node, undo: list[tuple[Child, int, int]], applied: list[tuple[Node, int, int]]
+) -> None:
+    # Iterative: chains of hundreds of layers must not meet the interpreter's recursion limit.
+    pending = [top]
+    while pending:
+        node = pending.pop()
+        check_conflicts(node)
+        taken, shared = cumulative(node)
+        if (taken, shared) != (node.taken, node.shared):
+            previous = (node, node.taken, node.shared)
+            node.driver.apply_permissions(taken, shared)
+            node.taken, node.shared = taken, shared
+            applied.append(previous)
+        for edge in node.children.values():
+            wanted = node.driver.child_permissions(edge, taken, shared)
+            if wanted != (edge.taken, edge.shared):
+                undo.append((edge, edge.taken, edge.shared))
+                edge.taken, edge.shared = wanted
+                pending.append(edge.node)
+
+
+def check_conflicts(node: Node) -> None:
+    """Raise LockedError if two parents of ``node`` do not fit together."""
+    for one in node.parents:
+        for other in node.parents:
+            conflict = one.taken & ~other.shared
+            if one is not other and conflict:
+                raise LockedError(
+                    f"Conflicts with use by {other.user} as '{other.name}', which does not allow "
+                    f"'{names(conflict)}' on {node.name}"
+                )

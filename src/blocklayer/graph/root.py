@@ -1,0 +1,229 @@
+"""Roots: users from outside the graph, through whom all requests come in.
+
+A root is what a device, an export, a job or a library user holds. It is an edge without a parent
+node, and can be pointed at another node while it stays in use (snapshot, pivot).
+
+1. A request is counted from entry to end: in the graph's epochs, and in ``in_flight`` for draining.
+2. While drained, new requests wait at the door; those inside end undisturbed.
+3. With ``write_through`` a write has reached stable storage when it returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from blocklayer.errors import LockedError
+from blocklayer.graph import io, permission
+from blocklayer.graph.child import Child, Role
+from blocklayer.graph.driver import Buffer
+from blocklayer.graph.node import Node
+from blocklayer.graph.permission import Permission
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from blocklayer.graph.graph import Graph
+
+
+class Root(Child):
+    """An outside user's hold on ``node``, with the permissions it was made with."""
+
+    __slots__ = ("_idle", "_open", "_quiesced", "graph", "in_flight", "label", "write_through")
+
+    def __init__(
+        self,
+        node: Node,
+        label: str,
+        taken: int,
+        shared: int = Permission.ALL,
+        *,
+        write_through: bool = False,
+    ) -> None:
+        super().__init__("root", None, node, Role.FILTERED)
+        self.graph: Graph = node.graph
+        self.label = label
+        self.taken, self.shared = taken, shared
+        self.write_through = write_through
+        self.in_flight = 0
+        self._quiesced = 0
+        self._open: asyncio.Event | None = None
+        self._idle: asyncio.Event | None = None
+        self.graph.add_edge(self)
+        self.graph.roots.append(self)
+
+    @property
+    def user(self) -> str:
+        """Who uses the node, for messages."""
+        return self.label
+
+    async def close(self) -> None:
+        """Give the node back; the last user's close writes back and closes it."""
+        self.graph.roots.remove(self)
+        await self.graph.detach(self)
+
+    def repoint(self, node: Node) -> None:
+        """Use ``node`` from now on. Call it drained. The old node is not released."""
+        old = self.node
+        old.parents.remove(self)
+        self.node = node
+        try:
+            self.graph.add_edge(self)
+        except BaseException:
+            self.node = old
+            old.parents.append(self)
+            raise
+        permission.refresh(old)
+
+    def request(self) -> _Request:
+        """One request's stay inside: ``async with root.request(): …``."""
+        return _Request(self)
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset``."""
+        async with _Request(self):
+            return await io.read(self.node, offset, length)
+
+    async def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset``."""
+        async with _Request(self):
+            io.check_range(self.node, offset, len(view))
+            await io.read_into(self.node, offset, view)
+
+    async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+        """Store ``data``; with ``fua`` it is on stable storage when this returns."""
+        async with _Request(self):
+            self._check_write()
+            await io.write(self.node, offset, data)
+            await self._settle(fua)
+
+    async def write_zeroes(
+        self,
+        offset: int,
+        length: int,
+        *,
+        unmap: bool = False,
+        fallback: bool = True,
+        fua: bool = False,
+    ) -> None:
+        """Make the range read as zeros; see ``io.write_zeroes``."""
+        async with _Request(self):
+            self._check_write()
+            await io.write_zeroes(self.node, offset, length, unmap=unmap, fallback=fallback)
+            await self._settle(fua)
+
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """Store whole clusters compressed; see ``io.write_compressed``."""
+        async with _Request(self):
+            self._check_write()
+            await io.write_compressed(self.node, offset, data)
+            await self._settle(False)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """The range's contents are of no more use."""
+        async with _Request(self):
+            self._check_write()
+            await io.discard(self.node, offset, length)
+
+    async def flush(self) -> None:
+        """All that was acknowledged before is on stable storage when this returns."""
+        async with _Request(self):
+            await io.flush(self.node)
+
+    async def truncate(
+        self, size: int, *, preallocation: str = "off", shrink: bool = False
+    ) -> None:
+        """Change the size; see ``io.truncate``."""
+        async with _Request(self):
+            if not self.taken & Permission.RESIZE:
+                raise LockedError(f"{self.label} was not opened with the permission to resize")
+            await io.truncate(self.node, size, preallocation=preallocation, shrink=shrink)
+
+    def _check_write(self) -> None:
+        self.node.check_writable()
+        if not self.taken & Permission.WRITE:
+            raise LockedError(f"{self.label} was not opened with the permission to write")
+
+    async def _settle(self, fua: bool) -> None:
+        if fua or self.write_through:
+            await io.flush(self.node)
+
+    async def enter(self) -> int:
+        """A request comes in; waits while the root is drained."""
+        while self._quiesced:
+            assert self._open is not None
+            await self._open.wait()
+        self.in_flight += 1
+        return self.graph.epochs.enter()
+
+    def leave(self, epoch: int) -> None:
+        """The request that ``enter`` answered ``epoch`` to has ended."""
+        self.graph.epochs.leave(epoch)
+        self.in_flight -= 1
+        if self._idle is not None and not self.in_flight:
+            self._idle.set()
+
+    async def quiesce(self) -> None:
+        """Let no new request in, and wait for those inside. Nests with ``resume``."""
+        self._quiesced += 1
+        if self._open is None or self._open.is_set():
+            self._open = asyncio.Event()
+        if self.in_flight:
+            if self._idle is None or self._idle.is_set():
+                self._idle = asyncio.Event()
+            await self._idle.wait()
+
+    def resume(self) -> None:
+        """Undo one ``quiesce``."""
+        self._quiesced -= 1
+        if not self._quiesced and self._open is not None:
+            self._open.set()
+
+
+class _Request:
+    __slots__ = ("_epoch", "_root")
+
+    def __init__(self, root: Root) -> None:
+        self._root = root
+        self._epoch = 0
+
+    async def __aenter__(self) -> None:
+        self._epoch = await self._root.enter()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._root.leave(self._epoch)
+
+
+@asynccontextmanager
+async def drained(graph: Graph, *nodes: Node) -> AsyncIterator[None]:
+    """No request is in flight through ``nodes`` (all, if none is given), and none comes in.
+
+    Graph changes happen inside. Requests that come meanwhile wait and go on afterwards.
+    """
+    affected = _roots_above(graph, nodes) if nodes else list(graph.roots)
+    stopped: list[Root] = []
+    try:
+        for root in affected:
+            stopped.append(root)
+            await root.quiesce()
+        yield
+    finally:
+        for root in stopped:
+            root.resume()
+
+
+def _roots_above(graph: Graph, nodes: tuple[Node, ...]) -> list[Root]:
+    above, pending = set(), list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in above:
+            above.add(node)
+            pending += [edge.parent for edge in node.parents if edge.parent is not None]
+    return [root for root in graph.roots if root.node in above]
