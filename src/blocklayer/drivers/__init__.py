@@ -14,12 +14,20 @@ _HERE = "blocklayer.drivers"
 
 DRIVERS: Final = {
     "file": Entry(f"{_HERE}.file:FileDriver", protocol=True),
-    "host_device": Entry(f"{_HERE}.file:HostDeviceDriver", protocol=True),
+    "host_device": Entry(f"{_HERE}.host_device:HostDeviceDriver", protocol=True),
     "null-co": Entry(f"{_HERE}.null:NullDriver", protocol=True, schemes=("null-co",)),
     "null-aio": Entry(f"{_HERE}.null:NullAioDriver", protocol=True, schemes=("null-aio",)),
     "memory": Entry(f"{_HERE}.memory:MemoryDriver", protocol=True),
     "raw": Entry(f"{_HERE}.raw:RawDriver"),
     "qcow2": Entry(f"{_HERE}.qcow2.driver:Qcow2Driver", magics=((0, b"QFI\xfb"),)),
+    "vdi": Entry(f"{_HERE}.vdi:VdiDriver", magics=((0x40, b"\x7f\x10\xda\xbe"),)),
+    "vhdx": Entry(f"{_HERE}.vhdx.driver:VhdxDriver", magics=((0, b"vhdxfile"),)),
+    "vmdk": Entry(
+        f"{_HERE}.vmdk.driver:VmdkDriver",
+        magics=((0, b"KDMV"), (0, b"#"), (0, b"version="), (0, b"\n"), (0, b" ")),
+    ),
+    "vpc": Entry(f"{_HERE}.vpc:VpcDriver", magics=((0, b"conectix"),)),
+    "copy-on-read": Entry(f"{_HERE}.copy_on_read:CopyOnReadDriver"),
 }
 
 REGISTRY: Final = Registry(DRIVERS)

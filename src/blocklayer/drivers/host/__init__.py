@@ -1,0 +1,1 @@
+"""What the file drivers ask of the operating system: calls, locks, unbuffered access."""
