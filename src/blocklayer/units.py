@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from typing import Final, NewType
 
@@ -23,6 +24,9 @@ GIB: Final = 1 << 30
 TIB: Final = 1 << 40
 MAX_SIZE: Final = (1 << 63) - 1
 """The largest size any image, option or request may name."""
+
+_MAX_DIGITS: Final = 100
+"""Far more than any size has; Python refuses to convert thousands of them."""
 
 _SUFFIXES: Final = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
 
@@ -50,7 +54,7 @@ def is_power_of_two(value: int) -> bool:
 def parse_size(text: str, *, default_suffix: str = "B", what: str = "size") -> int:
     """Bytes named by ``text``: ``"64k"``, ``"1.5G"``, ``"0x200"``, ``"512"``.
 
-    Raises UsageError when it is no size or does not fit in 63 bits.
+    Raises UsageError when it is no size, or (with errno ERANGE) when it does not fit in 63 bits.
     """
     body = text.strip()
     if not body:
@@ -62,10 +66,12 @@ def parse_size(text: str, *, default_suffix: str = "B", what: str = "size") -> i
         shift = _SUFFIXES[body[-1].upper()]
         body = body[:-1]
     whole, point, fraction = body.partition(".")
-    if not whole.isascii() or not whole.isdigit() or (point and not fraction.isdigit()):
+    if not body.isascii() or not whole.isdigit() or (point and not fraction.isdigit()):
         raise UsageError(
             f"Invalid {what} '{text}': use a number with an optional suffix k, M, G, T, P or E"
         )
+    if len(body) > _MAX_DIGITS:
+        raise UsageError(f"Invalid {what} '{text[:_MAX_DIGITS]}…': too many digits")
     if point and shift == 0 and int(fraction) != 0:
         raise UsageError(f"Invalid {what} '{text}': a fraction of a byte")
     value = int(whole) << shift
@@ -83,7 +89,9 @@ def _parse_hex(body: str, text: str, what: str) -> int:
 
 def _bounded(value: int, text: str, what: str) -> int:
     if value > MAX_SIZE:
-        raise UsageError(f"Invalid {what} '{text}': must be less than 8 EiB")
+        error = UsageError(f"Invalid {what} '{text}': must be less than 8 EiB")
+        error.errno = errno.ERANGE
+        raise error
     return value
 
 

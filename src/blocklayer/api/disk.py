@@ -56,13 +56,15 @@ class Disk:
         cache: str = "writeback",
         discard: str = "unmap",
         detect_zeroes: str = "off",
+        repair: bool = False,
         policy: Policy | None = None,
         graph: Graph | None = None,
     ) -> Disk:
         """Open ``image``; ``format`` None guesses it from the first bytes.
 
         ``backing`` False leaves the backing chain closed. ``force_share`` reads an image that
-        another process writes. ``cache`` is a name from ``CACHE_MODES``. Raises BlockError.
+        another process writes. ``cache`` is a name from ``CACHE_MODES``. ``repair`` lets an image
+        that is marked dirty or corrupt in as it is, to be checked. Raises BlockError.
         """
         if cache not in CACHE_MODES:
             raise UsageError(f"Invalid cache mode '{cache}': use one of {', '.join(CACHE_MODES)}")
@@ -74,6 +76,7 @@ class Disk:
             force_share=force_share,
             discard_unmap=discard == "unmap",
             detect_zeroes=detect_zeroes,
+            repair=repair,
         )
         where = graph or Graph(REGISTRY, policy)
         source = image if isinstance(image, (str, Mapping)) else os.fspath(image)

@@ -42,19 +42,30 @@ async def create_image(
     ``options`` go by the names of ``-o``. ``check_backing`` False does not open the backing file,
     and then needs a size. Raises UsageError before the target is touched, other errors after.
     """
-    driver = graph.registry.load_format(format)
     decoded, storage_options = await prepare(
         graph, filename, format, options, size, backing, backing_format, check_backing
     )
+    await write_image(graph, filename, format, decoded, storage_options)
+    return decoded
+
+
+async def write_image(
+    graph: Graph,
+    filename: str,
+    format: str,
+    options: CreateOptions,
+    storage_options: Mapping[str, Any],
+) -> None:
+    """Make the image that ``prepare`` has worked out the options of."""
+    driver = graph.registry.load_format(format)
     existed = os.path.lexists(filename)
     await _create_storage(graph, filename, storage_options)
     try:
-        await _write_format(graph, filename, driver, decoded)
+        await _write_format(graph, filename, driver, options)
     except BaseException:
         if not existed:
             _remove(filename)
         raise
-    return decoded
 
 
 async def prepare(
@@ -91,6 +102,7 @@ async def prepare(
         raise UsageError("Image creation needs a size parameter")
     if decoded.size > MAX_SIZE:
         raise UsageError("Image size must be less than 8 EiB!")
+    decoded.validate()
     return decoded, below
 
 
@@ -103,6 +115,9 @@ def _split(
     )
     below = set(protocol.CreateOptions.__struct_fields__) if protocol.CreateOptions else set()
     below -= set(own.__struct_fields__)
+    for name in values:
+        if name not in below and name not in own.__struct_fields__:
+            raise UsageError(f"Invalid parameter '{name}'")
     mine = {name: value for name, value in values.items() if name not in below}
     return mine, {name: value for name, value in values.items() if name in below}
 
@@ -132,13 +147,14 @@ async def _complete_from_backing(
         return
     full = resolve_relative(filename, name)
     try:
-        node = await open_image(graph, full, format=decoded.backing_fmt, flags=Flags())
+        # Only its size is read: an image in use by others can get an overlay.
+        node = await open_image(
+            graph, full, format=decoded.backing_fmt, flags=Flags(force_share=True)
+        )
         size = node.size
         await graph.release(node)
     except BlockError as error:
-        raise error.reworded(
-            f"Could not open '{full}': {error}\nCould not open backing image."
-        ) from error
+        raise error.reworded(f"{error}\nCould not open backing image.") from error
     if "size" not in values:
         decoded.size = size
 

@@ -43,6 +43,30 @@ class BackingReference(msgspec.Struct, frozen=True):
     format: str | None = None
 
 
+class SnapshotInfo(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit_defaults=True):
+    """One internal snapshot, as ``info`` and ``snapshot -l`` show it; sizes in bytes."""
+
+    icount: int | None = None
+    vm_clock_nsec: int
+    name: str
+    date_sec: int
+    date_nsec: int
+    vm_clock_sec: int
+    id: str
+    vm_state_size: int
+
+
+class DriverInfo(msgspec.Struct, kw_only=True):
+    """What ``info`` shows of any format; ``cluster_size`` is 0 where there are no clusters."""
+
+    cluster_size: int = 0
+    vm_state_offset: int = 0
+    """Where the state of a virtual machine would start, past the end of the disk."""
+    dirty: bool = False
+    encrypted: bool = False
+    snapshots: list[SnapshotInfo] = []
+
+
 class ThreadSafeIO(Protocol):
     """Blocking byte access that any thread may use at any time, for bulk copies."""
 
@@ -130,6 +154,10 @@ class Driver:
 
     def actual_size(self) -> int | None:
         """Bytes of host storage in use by this node itself, if that is known."""
+        return None
+
+    def info(self) -> DriverInfo | None:
+        """What every format has an answer to; None where that is not known (``null-co``)."""
         return None
 
     def specific_info(self) -> msgspec.Struct | None:
@@ -223,6 +251,14 @@ class FormatDriver(Driver):
 
     async def abort(self, allocation: Allocation) -> None:
         """The space could not be filled: give it back."""
+
+    def pack(self, data: Buffer) -> bytes | None:
+        """One unit (or the image's tail) compressed; None if that gains nothing. In any thread."""
+        raise UnsupportedError(f"Format '{self.NAME}' does not support compressed writes")
+
+    async def write_packed(self, offset: int, packed: bytes) -> None:
+        """Store what ``pack`` made of the unit at ``offset``."""
+        raise UnsupportedError(f"Format '{self.NAME}' does not support compressed writes")
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:
         """Store one cluster (or the image's tail) compressed; empty ``data`` ends the stream."""

@@ -33,7 +33,7 @@ def protocol_options(name: str, registry: Registry) -> dict[str, Any]:
     scheme = scheme_of(name)
     if scheme is None or scheme == "file":
         path = name.removeprefix("file:")
-        driver = "host_device" if _is_block_device(path) else "file"
+        driver = "host_device" if _is_device(path) else "file"
         return {"driver": driver, "filename": path}
     driver_name = registry.scheme_driver(scheme)
     if driver_name is None:
@@ -41,11 +41,12 @@ def protocol_options(name: str, registry: Registry) -> dict[str, Any]:
     return {"driver": driver_name, **registry.load_protocol(driver_name).parse_filename(name)}
 
 
-def _is_block_device(path: str) -> bool:
+def _is_device(path: str) -> bool:
     try:
-        return stat.S_ISBLK(os.stat(path).st_mode)
+        mode = os.stat(path).st_mode
     except (OSError, ValueError):
         return False
+    return stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
 
 
 def image_options(name: str, registry: Registry, format: str | None = None) -> dict[str, Any]:
@@ -87,8 +88,9 @@ def storage_of(node: Node) -> Node:
 def describe(node: Node) -> str:
     """A name that opens an equal node: plain if there is one, else ``json:{…}``."""
     below = node
-    while not below.overrides and "file" in below.children:
-        below = below.children["file"].node
+    if "file" in node.children and not node.overrides:
+        # Formats on formats are not what a plain name opens.
+        below = node.children["file"].node
     plain = getattr(below.driver, "filename", None) if not below.overrides else None
     if plain is not None:
         return str(plain)

@@ -16,15 +16,16 @@ import errno
 from collections.abc import Sequence
 
 from blocklayer.errors import StorageError, UnsupportedError, UsageError
-from blocklayer.graph.driver import Buffer, Driver, FormatDriver, ProtocolDriver
+from blocklayer.graph.driver import Buffer, FormatDriver, ProtocolDriver
 from blocklayer.graph.extent import Allocation, Kind
 from blocklayer.graph.node import Node
 from blocklayer.graph.registry import PROBE_SIZE
 from blocklayer.graph.resolve import locate, status
-from blocklayer.units import MIB, SECTOR, align_down, align_up
+from blocklayer.units import MIB, align_down, align_up
 
 _ZERO_CHUNK = 2 * MIB
 _zeros = [bytes(64 * 1024)]
+"""One block of zeros, replaced by a larger one when a request needs it."""
 
 
 def zeros(length: int) -> memoryview:
@@ -36,14 +37,11 @@ def zeros(length: int) -> memoryview:
 
 def is_zero(data: Buffer) -> bool:
     """Whether all bytes of ``data`` are zero."""
-    view = memoryview(data)
-    # Most data shows a non-zero byte early: look there before comparing it all.
-    if any(view[:16]):
-        return False
-    return all(
-        view[at : at + _ZERO_CHUNK] == zeros(len(view[at : at + _ZERO_CHUNK]))
-        for at in range(0, len(view), _ZERO_CHUNK)
-    )
+    view, block = memoryview(data), _zeros[0]
+    if len(view) <= len(block):
+        # bytes.startswith compares as memcmp does; comparing memoryviews goes byte by byte.
+        return block.startswith(view)
+    return all(is_zero(view[at : at + len(block)]) for at in range(0, len(view), len(block)))
 
 
 def check_range(node: Node, offset: int, length: int) -> None:
@@ -96,33 +94,41 @@ async def write(node: Node, offset: int, data: Buffer) -> None:
     if detect != "off" and len(view) and is_zero(view):
         await write_zeroes(node, offset, len(view), unmap=detect == "unmap")
         return
-    if node.probed and offset < PROBE_SIZE:
-        _guard_first_sectors(node, offset, view)
     await _write(node, offset, view)
 
 
-def _guard_first_sectors(node: Node, offset: int, view: memoryview) -> None:
-    """Refuse a write that would make a disk that was guessed to be raw look like another format.
+async def _write_first_sectors(node: Node, offset: int, view: memoryview) -> None:
+    """Write, but refuse to make a disk that was guessed to be raw look like another format.
 
     A guest could otherwise plant a header that names any file of the host as its backing file, to
     be opened the next time somebody guesses the format.
     """
-    if node.driver.NAME != "raw" or offset >= SECTOR:
-        return
-    head = bytes(offset) + bytes(view[: PROBE_SIZE - offset])
-    if node.graph.registry.probe(head, node.filename) != "raw":
-        raise StorageError(
-            f"Writing an image header to sector 0 of '{node.filename}' is refused: its format was "
-            "only guessed to be raw. Name the format ('raw') to allow it",
-            errno.EPERM,
-        )
+    # One at a time: a header may come in several writes, each harmless alone.
+    async with node.claims.claim(0, PROBE_SIZE):
+        head = bytearray(await read(node, 0, min(PROBE_SIZE, node.size)))
+        room = len(head) - offset
+        head[offset : offset + len(view)] = view[:room]
+        if node.graph.registry.probe(bytes(head), node.filename) != "raw":
+            raise StorageError(
+                f"Writing an image header to sector 0 of '{node.filename}' is refused: its format "
+                "was only guessed to be raw. Name the format ('raw') to allow it",
+                errno.EPERM,
+            )
+        await _write_runs(node, offset, view)
 
 
 async def _write(node: Node, offset: int, view: memoryview) -> None:
     driver = node.driver
     if isinstance(driver, ProtocolDriver):
         await driver.write(offset, (view,))
-        return
+    elif node.probed and offset < PROBE_SIZE and driver.NAME == "raw":
+        await _write_first_sectors(node, offset, view)
+    else:
+        await _write_runs(node, offset, view)
+
+
+async def _write_runs(node: Node, offset: int, view: memoryview) -> None:
+    driver = node.driver
     done, total = 0, len(view)
     while done < total:
         at = offset + done
@@ -164,19 +170,19 @@ async def _fill(node: Node, allocation: Allocation, view: memoryview) -> None:
     place = allocation.host_offset
     start, end = allocation.offset, allocation.offset + allocation.length
     if allocation.head:
-        head = await _read_around(node, start - allocation.head, allocation.head)
+        head = await read_around(node, start - allocation.head, allocation.head)
         if allocation.reads_zero and is_zero(head):
             place += allocation.head
         else:
             buffers.insert(0, head)
     if allocation.tail:
-        tail = await _read_around(node, end, allocation.tail)
+        tail = await read_around(node, end, allocation.tail)
         if not (allocation.reads_zero and is_zero(tail)):
             buffers.append(tail)
     await _write_buffers(allocation.child.node, place, buffers)
 
 
-async def _read_around(node: Node, offset: int, length: int) -> bytearray:
+async def read_around(node: Node, offset: int, length: int) -> bytearray:
     """What the guest reads in ``[offset, offset + length)``, zeros past the end of the disk."""
     data = bytearray(length)
     within = max(0, min(length, node.size - offset))
@@ -201,60 +207,53 @@ async def write_zeroes(
     """
     check_range(node, offset, length)
     node.check_writable()
-    driver = node.driver
+    if not length:
+        return
     unmap = unmap and node.flags.discard_unmap
     end = offset + length
-    unit = driver.zero_alignment
-    if unit > 1:
-        offset, end = await _widen(node, offset, end, unit)
-    start = align_up(offset, unit)
-    stop = end if end == node.size else align_down(end, unit)
-    if stop <= start:
-        await _zero_by_writing(node, offset, end - offset, fallback)
-        return
-    await _zero_by_writing(node, offset, start - offset, fallback)
-    try:
-        await _zero_aligned(driver, start, stop - start, unmap)
-    except UnsupportedError:
-        await _zero_by_writing(node, start, stop - start, fallback)
-    await _zero_by_writing(node, stop, end - stop, fallback)
+    start, stop = await _zero_units(node, offset, end, unmap, fallback)
+    await _zero_by_writing(node, offset, start)
+    await _zero_by_writing(node, stop, end)
 
 
-async def _zero_aligned(driver: Driver, offset: int, length: int, unmap: bool) -> None:
-    if not isinstance(driver, FormatDriver):
-        await driver.zero(offset, length, unmap=unmap)
-        return
-    async with driver.node.claims.claim(offset, offset + length):
-        await driver.zero(offset, length, unmap=unmap)
-
-
-async def _widen(node: Node, offset: int, end: int, unit: int) -> tuple[int, int]:
-    """Take in the rest of the first and last unit where it reads as zeros already."""
+async def _zero_units(
+    node: Node, offset: int, end: int, unmap: bool, fallback: bool
+) -> tuple[int, int]:
+    """Let the driver zero all units it can; the answer is the part that reads as zeros now."""
+    driver, unit = node.driver, node.driver.zero_alignment
     low, high = align_down(offset, unit), min(align_up(end, unit), node.size)
-    if low < offset and await reads_zero(node, low, offset - low):
-        offset = low
-    if high > end and await reads_zero(node, end, high - end):
-        end = high
-    return offset, end
+    # Claimed before it is looked at: a write that makes the rest of a unit non-zero waits.
+    async with node.claims.claim(low, high):
+        start = low if await _is_spare(node, low, offset) else align_up(offset, unit)
+        stop = high if await _is_spare(node, end, high) else align_down(end, unit)
+        if not fallback and (start > offset or stop < end):
+            raise UnsupportedError(
+                f"'{node.filename}' cannot zero {end - offset:#x} bytes at {offset:#x} fast"
+            )
+        if start < stop:
+            try:
+                await driver.zero(start, stop - start, unmap=unmap)
+                return start, stop
+            except UnsupportedError:
+                if not fallback:
+                    raise
+    return end, end
 
 
-async def reads_zero(node: Node, offset: int, length: int) -> bool:
-    """Whether block status says that the whole range reads as zeros; no data is read."""
-    end = offset + length
+async def _is_spare(node: Node, offset: int, end: int) -> bool:
+    """Whether the driver may zero these neighbours of a range as well: they read as zeros.
+
+    Not where only the storage says so: those may be written to at this moment without a claim.
+    """
     while offset < end:
         run = await status(node, offset, end - offset)
-        if run.kind is not Kind.ZERO:
+        if run.kind is not Kind.ZERO or run.hole:
             return False
         offset = run.end
     return True
 
 
-async def _zero_by_writing(node: Node, offset: int, length: int, allowed: bool) -> None:
-    if length and not allowed:
-        raise UnsupportedError(
-            f"'{node.filename}' cannot zero {length:#x} bytes at {offset:#x} fast"
-        )
-    end = offset + length
+async def _zero_by_writing(node: Node, offset: int, end: int) -> None:
     while offset < end:
         chunk = min(end - offset, _ZERO_CHUNK)
         await _write(node, offset, zeros(chunk))

@@ -35,6 +35,8 @@ class Flags(msgspec.Struct, kw_only=True):
     force_share: bool = False
     discard_unmap: bool = False
     detect_zeroes: str = "off"
+    repair: bool = False
+    """Opened to be checked or repaired: an image that is marked dirty or corrupt is let in as it is."""
 
     def inherited(self, role: Role) -> Flags:
         """What a child in ``role`` has where its own options are silent."""
@@ -109,7 +111,11 @@ class Node:
         if reference is None or reference == "":
             raise UsageError(f'A block device must be specified for "{name}"')
         node = await open_reference(self.graph, reference, self.flags.inherited(role))
-        self.graph.attach(self, name, node, role)
+        try:
+            self.graph.attach(self, name, node, role)
+        except BaseException:
+            await self.graph.release(node)
+            raise
         return node
 
     def mapping_changed(self) -> None:

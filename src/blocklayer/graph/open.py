@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from msgspec import UNSET
@@ -17,7 +18,13 @@ from msgspec import UNSET
 from blocklayer.errors import BlockError, FormatError, PolicyError, UsageError
 from blocklayer.graph.child import Role
 from blocklayer.graph.driver import FormatDriver, ProtocolDriver
-from blocklayer.graph.filename import image_options, resolve_relative, scheme_of, storage_of
+from blocklayer.graph.filename import (
+    image_options,
+    protocol_options,
+    resolve_relative,
+    scheme_of,
+    storage_of,
+)
 from blocklayer.graph.node import Flags, Node
 from blocklayer.graph.options import NodeOptions, Reference, decode
 from blocklayer.graph.registry import PROBE_SIZE
@@ -26,7 +33,9 @@ if TYPE_CHECKING:
     from blocklayer.graph.graph import Graph
 
 _MAX_NESTING = 32
-"""Formats inside formats that options may ask for."""
+"""Formats inside formats that options, and images by the names they hold, may ask for."""
+
+_nesting: ContextVar[int] = ContextVar("nesting", default=0)
 
 
 async def open_image(
@@ -50,10 +59,27 @@ async def open_image(
 
 
 async def open_reference(graph: Graph, reference: Reference, inherited: Flags) -> Node:
-    """The node that ``reference`` stands for: an existing one by name, or a new one."""
+    """The storage that ``reference`` stands for: an existing node by name, or a new one.
+
+    A plain file name in it is a protocol's: the format inside is the parent's, and is not guessed.
+    """
     if isinstance(reference, str):
         return graph.find(reference)
+    if not isinstance(reference, Mapping):
+        raise UsageError(f"A node is given by its name or its options, not by '{reference}'")
+    if reference.get("driver") is None and "filename" in reference:
+        name = _plain_name(reference)
+        reference = {**reference, **protocol_options(name, graph.registry)}
     return await open_options(graph, reference, inherited)
+
+
+def _plain_name(options: Mapping[str, Any]) -> str:
+    name = options["filename"]
+    if not isinstance(name, str):
+        raise UsageError(f"A file name must be text, not '{name}'")
+    if name.startswith("json:"):
+        raise UsageError("A json: name cannot be given as the file name of a node's storage")
+    return name
 
 
 async def open_options(
@@ -61,13 +87,20 @@ async def open_options(
 ) -> Node:
     """Open a node from nested ``options``, and its backing chain unless ``backing`` is False."""
     _check_nesting(options)
-    node = await _open_one(graph, options, inherited)
-    if backing:
-        try:
-            await _open_chain(graph, node)
-        except BaseException:
-            await graph.release(node)
-            raise
+    depth = _nesting.get()
+    if depth >= _MAX_NESTING:
+        raise PolicyError(f"Images nest more than {_MAX_NESTING} levels of formats inside formats")
+    token = _nesting.set(depth + 1)
+    try:
+        node = await _open_one(graph, options, inherited)
+        if backing:
+            try:
+                await _open_chain(graph, node)
+            except BaseException:
+                await graph.release(node)
+                raise
+    finally:
+        _nesting.reset(token)
     return node
 
 
@@ -84,17 +117,18 @@ async def _open_one(graph: Graph, options: Mapping[str, Any], inherited: Flags) 
     """Open one node and its storage, without its backing chain."""
     options = {**options}
     storage: Node | None = None
+    was_held = False
     name = options.get("driver")
-    if name is None and "filename" in options and "file" not in options:
-        options["file"] = image_options(str(options.pop("filename")), graph.registry)["file"]
+    if name is None and "filename" in options:
+        options = _named_image(graph, options)
+        name = options.get("driver")
     if name is None:
-        storage, name = await _probe(graph, options, inherited)
+        storage, name, was_held = await _probe(graph, options, inherited)
         options["driver"] = name
     try:
         driver = graph.registry.load(str(name))
         if "filename" in options and not issubclass(driver, ProtocolDriver):
-            # "driver=qcow2,filename=x" is short for a file child of that name.
-            options["file"] = image_options(str(options.pop("filename")), graph.registry)["file"]
+            options = _with_storage(graph, options)
         if storage is not None:
             options["file"] = storage.name
         decoded = decode(driver.Options, options)
@@ -105,12 +139,33 @@ async def _open_one(graph: Graph, options: Mapping[str, Any], inherited: Flags) 
         await _open_driver(node)
     except BaseException:
         if storage is not None:
-            storage.held = False
+            storage.held = was_held
             await graph.release(storage)
         raise
     if storage is not None:
-        storage.held = False
+        storage.held = was_held
     return node
+
+
+def _named_image(graph: Graph, options: dict[str, Any]) -> dict[str, Any]:
+    """``options`` of an image without a driver, their file name replaced by what it stands for."""
+    name = options["filename"]
+    if not isinstance(name, str) or not name.startswith("json:"):
+        return _with_storage(graph, options)
+    rest = {key: value for key, value in options.items() if key != "filename"}
+    meant = image_options(name, graph.registry)
+    twice = sorted(rest.keys() & meant.keys())
+    if twice:
+        raise UsageError(f"Option '{twice[0]}' is given twice, once in '{name}'")
+    return {**meant, **rest}
+
+
+def _with_storage(graph: Graph, options: dict[str, Any]) -> dict[str, Any]:
+    """``driver=qcow2,filename=x`` is short for a file child of that name."""
+    if "file" in options:
+        raise UsageError("Give an image either a filename or a file, not both")
+    rest = {key: value for key, value in options.items() if key != "filename"}
+    return {**rest, "file": protocol_options(_plain_name(options), graph.registry)}
 
 
 async def _open_driver(node: Node) -> None:
@@ -127,8 +182,13 @@ async def _open_driver(node: Node) -> None:
         raise
 
 
-async def _probe(graph: Graph, options: Mapping[str, Any], inherited: Flags) -> tuple[Node, str]:
-    """Open the storage of an image of unknown format and guess the format from its first bytes."""
+async def _probe(
+    graph: Graph, options: Mapping[str, Any], inherited: Flags
+) -> tuple[Node, str, bool]:
+    """Open the storage of an image of unknown format and guess the format from its first bytes.
+
+    The storage is held until the format node is its parent; the last answer is what ``held`` was.
+    """
     if not graph.policy.probe:
         raise PolicyError("The policy forbids guessing an image's format: name it")
     reference = options.get("file")
@@ -136,18 +196,17 @@ async def _probe(graph: Graph, options: Mapping[str, Any], inherited: Flags) -> 
         raise UsageError("Must specify either driver or file")
     flags = _flags(decode(NodeOptions, _generic(options)), inherited)
     storage = await open_reference(graph, reference, flags.inherited(Role.STORAGE))
-    # Held until the format node is its parent.
-    storage.held = True
+    was_held, storage.held = storage.held, True
     try:
         head = bytearray(min(PROBE_SIZE, storage.size))
         from blocklayer.graph import io
 
         await io.read_into(storage, 0, memoryview(head))
     except BaseException:
-        storage.held = False
+        storage.held = was_held
         await graph.release(storage)
         raise
-    return storage, graph.registry.probe(bytes(head), storage.filename)
+    return storage, graph.registry.probe(bytes(head), storage.filename), was_held
 
 
 def _generic(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,6 +230,7 @@ def _flags(options: NodeOptions, inherited: Flags) -> Flags:
         force_share=chosen(options.force_share, inherited.force_share),
         discard_unmap=unmap if options.discard is UNSET else options.discard == "unmap",
         detect_zeroes=chosen(options.detect_zeroes, inherited.detect_zeroes),
+        repair=inherited.repair,
     )
     if flags.force_share and not flags.read_only:
         raise UsageError("force-share=on can only be used with read-only images")
@@ -194,10 +254,10 @@ async def _open_chain(graph: Graph, top: Node) -> None:
             if identity is not None and identity in seen:
                 raise FormatError(f"Backing file '{below.filename}' creates an infinite loop.")
             seen.add(identity)
+            graph.attach(layer, "backing", below, Role.BACKING)
         except BaseException:
             await graph.release(below)
             raise
-        graph.attach(layer, "backing", below, Role.BACKING)
         if "backing" in below.children:
             # An existing node given by name: its chain stands already.
             return

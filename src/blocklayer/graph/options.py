@@ -15,7 +15,7 @@ import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar, Union
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -56,7 +56,13 @@ class CreateOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     Each field is described (``Meta(description=…)``): that text is its line in ``-o help``.
     """
 
+    BEFORE_SIZE: ClassVar[frozenset[str]] = frozenset()
+    """Options that come before the size where all are named in a line."""
+
     size: Annotated[Size, Meta(description="Virtual disk size")] = 0
+
+    def validate(self) -> None:
+        """Raise UsageError if the values do not fit together; called before anything is touched."""
 
 
 Options = TypeVar("Options", bound=msgspec.Struct)
@@ -135,6 +141,30 @@ def _plain_types(kind: Any) -> tuple[set[Any], bool]:
     return {kind}, False
 
 
+class Described(msgspec.Struct, frozen=True):
+    """One option as help shows it; ``type`` is "str", "size", "num" or "bool (on/off)"."""
+
+    name: str
+    type: str
+    text: str
+
+
+def describe(cls: type[msgspec.Struct]) -> list[Described]:
+    """All options of ``cls``, in the order declared."""
+    found = []
+    for field in msgspec.structs.fields(cls):
+        kinds, is_size = _plain_types(field.type)
+        kind = "str"
+        if bool in kinds:
+            kind = "bool (on/off)"
+        elif int in kinds:
+            kind = "size" if is_size else "num"
+        notes = typing.get_args(field.type)[1:]
+        texts = [note.description for note in notes if isinstance(note, Meta) and note.description]
+        found.append(Described(field.encode_name, kind, texts[0] if texts else ""))
+    return found
+
+
 def parse_pairs(text: str, *, implied: str | None = None) -> dict[str, str]:
     """``"driver=raw,file.filename=a,,b"`` as a flat dict; a doubled comma stands for one.
 
@@ -171,10 +201,12 @@ def _split_commas(text: str) -> Iterable[str]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"file.driver": "null-co"}`` as ``{"file": {"driver": "null-co"}}``."""
+    """``{"file.driver": "null-co"}`` as ``{"file": {"driver": "null-co"}}``, at every level."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         *path, last = key.split(".")
+        if isinstance(value, Mapping):
+            value = unflatten(value)
         place = nested
         for name in path:
             inner = place.setdefault(name, {})
@@ -194,8 +226,10 @@ def parse_json_name(name: str) -> dict[str, Any]:
     """The options in a ``json:{…}`` pseudo file name; its keys may be dotted."""
     try:
         value = json.loads(name.removeprefix("json:"))
+        if not isinstance(value, dict):
+            raise UsageError("Invalid JSON object given: a json: name must hold an object")
+        return unflatten(value)
     except ValueError as error:
         raise UsageError(f"Could not parse the JSON options: {error}") from None
-    if not isinstance(value, dict):
-        raise UsageError("Invalid JSON object given: a json: name must hold an object")
-    return unflatten(value)
+    except RecursionError:
+        raise UsageError("Could not parse the JSON options: they nest too deeply") from None
