@@ -1,0 +1,223 @@
+"""Compressed clusters: unpacking them for reads, packing and placing them for writes.
+
+1. Unpacking never gives more than one cluster, whatever the data says, and less is an error.
+2. Packing runs in threads, placing in the order of the guest's clusters. What does not get smaller
+   is stored plain.
+3. The last few unpacked clusters are kept, by their L2 entry; they are forgotten when any
+   compressed cluster is written or given up, since its host space may then hold other data.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from array import array
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from blocklayer.codec.qcow2.entries import COMPRESSED, decode_compressed, encode_compressed
+from blocklayer.codec.qcow2.header import COMPRESSION_ZSTD
+from blocklayer.errors import CorruptionError
+from blocklayer.graph import io
+from blocklayer.graph.driver import Buffer
+from blocklayer.graph.waiting import in_place, offload
+
+if TYPE_CHECKING:
+    from blocklayer.drivers.qcow2.image import Image
+    from blocklayer.drivers.qcow2.mapping import Mapping
+    from blocklayer.drivers.qcow2.writing import Writer
+
+_KEPT_MAX: Final = 4
+_WINDOW_BITS: Final = 12
+_DEFLATE_LEVEL: Final = 3
+"""The best of ISA-L's levels: several times the speed of zlib's default, a few percent larger."""
+_IN_FLIGHT_MAX: Final = 4
+"""Clusters packed at once."""
+_UNPACKED_AT_ONCE: Final = 32
+"""Clusters of one request unpacked by one visit to a thread."""
+
+
+class _Part(msgspec.Struct, gc=False):
+    """A piece of a request: what is to be unpacked, and where to."""
+
+    guest: int
+    inside: int
+    view: memoryview
+    entry: int
+    generation: int
+    place: int
+    packed: bytearray
+
+
+class Compressor:
+    """Compressed clusters of one image."""
+
+    def __init__(self, image: Image, mapping: Mapping, writer: Writer) -> None:
+        self._image = image
+        self._mapping = mapping
+        self._writer = writer
+        self._size = image.geometry.cluster_size
+        self._bits = image.geometry.cluster_bits
+        self._zstd = image.header.compression_type == COMPRESSION_ZSTD
+        self._kept: dict[int, bytes] = {}
+        self._kept_generation = -1
+
+    async def read(self, offset: int, view: memoryview) -> None:
+        """Fill ``view``, which lies within compressed clusters."""
+        done, total = 0, len(view)
+        parts: list[_Part] = []
+        while done < total:
+            at = offset + done
+            inside = at & (self._size - 1)
+            length = min(self._size - inside, total - done)
+            part = await self._part(at - inside, inside, view[done : done + length])
+            if part is not None:
+                parts.append(part)
+            done += length
+            if len(parts) == _UNPACKED_AT_ONCE or (parts and done == total):
+                await self._unpack(parts)
+                parts = []
+
+    async def _part(self, guest: int, inside: int, view: memoryview) -> _Part | None:
+        """What must be unpacked to fill ``view`` from cluster ``guest``; None if it is filled."""
+        image = self._image
+        cache = image.slices
+        number = guest >> self._bits
+        found = await cache.get(number >> cache.bits)
+        entry = found.entries[number & cache.mask] if found else 0
+        if not entry & COMPRESSED:
+            # Rewritten since the request looked: let it have what is there now.
+            await io.read_into(image.node, guest + inside, view)
+            return None
+        generation = image.node.generation
+        if self._kept_generation != generation:
+            self._kept.clear()
+            self._kept_generation = generation
+        kept = self._kept.get(entry)
+        if kept is not None:
+            view[:] = kept[inside : inside + len(view)]
+            return None
+        place, length = decode_compressed(entry, image.geometry)
+        packed = await image.storage.read(place, length)
+        return _Part(guest, inside, view, entry, generation, place, packed)
+
+    async def _unpack(self, parts: list[_Part]) -> None:
+        """Unpack ``parts`` into their views; keep the last, which the next request may go on in."""
+        last = await offload(self._unpack_all, parts)
+        part = parts[-1]
+        if part.generation == self._image.node.generation == self._kept_generation:
+            while len(self._kept) >= _KEPT_MAX:
+                del self._kept[next(iter(self._kept))]
+            self._kept[part.entry] = last
+
+    def _unpack_all(self, parts: list[_Part]) -> bytes:
+        unpack = _unpack_zstd if self._zstd else _unpack_deflate
+        data = b""
+        for part in parts:
+            try:
+                data = unpack(part.packed, self._size)
+            except ValueError as error:
+                raise CorruptionError(
+                    f"'{self._image.node.filename}': compressed cluster of guest offset "
+                    f"{part.guest:#x} at host offset {part.place:#x} cannot be unpacked: {error}"
+                ) from None
+            part.view[:] = data[part.inside : part.inside + len(part.view)]
+        return data
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Store whole clusters from ``offset`` on, each compressed if that makes it smaller."""
+        view = memoryview(data).cast("B")
+        parts = [view[at : at + self._size] for at in range(0, len(view), self._size)]
+        if in_place():
+            for number, part in enumerate(parts):
+                await self._place(offset + number * self._size, part, self.pack(part))
+            return
+        packing: list[asyncio.Task[bytes | None]] = []
+        try:
+            for number, part in enumerate(parts):
+                packing += [
+                    asyncio.create_task(offload(self.pack, ahead))
+                    for ahead in parts[number + len(packing) : number + _IN_FLIGHT_MAX]
+                ]
+                packed = await packing[0]
+                del packing[0]
+                await self._place(offset + number * self._size, part, packed)
+        finally:
+            for task in packing:
+                task.cancel()
+            await asyncio.gather(*packing, return_exceptions=True)
+
+    def pack(self, part: memoryview) -> bytes | None:
+        """The cluster compressed, or None if that gains nothing. In any thread."""
+        data = part if len(part) == self._size else bytes(part) + bytes(self._size - len(part))
+        packed = _pack_zstd(data) if self._zstd else _pack_deflate(data)
+        return packed if len(packed) < self._size else None
+
+    async def _place(self, offset: int, part: memoryview, packed: bytes | None) -> None:
+        if packed is None:
+            await self._writer.write_cluster(offset, bytes(part) + bytes(self._size - len(part)))
+        else:
+            await self.write_packed(offset, packed)
+
+    async def write_packed(self, offset: int, packed: bytes) -> None:
+        """Store what ``pack`` made of the cluster at ``offset``."""
+        image = self._image
+        async with image.lock:
+            await self._writer.begin()
+            place = await image.refcounts.allocator.allocate_bytes(len(packed))
+            try:
+                # Placed under the lock: neighbours in one sector must not be written at once.
+                await image.storage.write(place, packed)
+                guest = offset >> self._bits
+                await self._writer.ensure_table(guest >> image.geometry.l2_bits)
+                found, index = await self._writer.entries(guest)
+            except BaseException:
+                await image.refcounts.allocator.release_bytes(place, len(packed))
+                raise
+            entry = encode_compressed(place, len(packed), image.geometry)
+            self._writer.publish(found, index, guest, array("Q", (entry,)))
+
+
+def _pack_deflate(data: Buffer) -> bytes:
+    from isal import isal_zlib
+
+    packer = isal_zlib.compressobj(_DEFLATE_LEVEL, isal_zlib.DEFLATED, -_WINDOW_BITS)
+    return packer.compress(data) + packer.flush()
+
+
+def _unpack_deflate(packed: Buffer, size: int) -> bytes:
+    from isal import isal_zlib
+    from isal.igzip_lib import IsalError
+
+    # Readers of other makers' images: take any window that deflate can have.
+    unpacker = isal_zlib.decompressobj(-isal_zlib.MAX_WBITS)
+    try:
+        data = unpacker.decompress(packed, size)
+    except IsalError as error:  # type: ignore[misc]  # its stub says that it is no class
+        raise ValueError(str(error)) from None
+    if len(data) != size:
+        raise ValueError(f"it holds {len(data)} bytes, not {size}")
+    return data
+
+
+def _pack_zstd(data: Buffer) -> bytes:
+    packed: bytes = _zstandard().ZstdCompressor().compress(data)
+    return packed
+
+
+def _unpack_zstd(packed: Buffer, size: int) -> bytes:
+    zstandard = _zstandard()
+    reader = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
+    try:
+        data: bytes = reader.read(size)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from None
+    if len(data) != size:
+        raise ValueError(f"it holds {len(data)} bytes, not {size}")
+    return data
+
+
+def _zstandard() -> Any:
+    """The optional package, which only images with this compression type need."""
+    return importlib.import_module("zstandard")

@@ -1,0 +1,326 @@
+"""Making qcow2 images: where the first structures go, written so that none looks half-made.
+
+Public:
+    Qcow2CreateOptions      the options, by the names of ``-o``
+    plan(geometry, size, *, mapped) -> Layout   where everything of a new image lies; pure
+    new_header(options, layout) -> ImageHeader
+    create(graph, target, options)              all of it
+
+1. Without preallocation the file is the one qemu-img writes, byte for byte, as long as its refcount
+   table fits in one cluster (with more clusters the order differs, as does a preallocated image's).
+2. The header comes last, in one write, after all else is on stable storage: a crash before leaves a
+   file that no reader takes for an image.
+3. Refcount blocks count themselves, the table, and every cluster that the layout uses, no other.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from blocklayer.codec.qcow2.entries import COPIED, store_table
+from blocklayer.codec.qcow2.geometry import MAX_REFCOUNT_TABLE_SIZE, Geometry
+from blocklayer.codec.qcow2.header import (
+    COMPATIBLE_LAZY_REFCOUNTS,
+    COMPRESSION_ZSTD,
+    MAX_BACKING_FILE_SIZE,
+    ImageHeader,
+)
+from blocklayer.codec.qcow2.refcounts import TYPECODES, encode_block
+from blocklayer.errors import UnsupportedError, UsageError
+from blocklayer.graph import io
+from blocklayer.graph.options import CreateOptions, Size
+from blocklayer.units import KIB, MIB, SECTOR, align_up, is_power_of_two
+
+if TYPE_CHECKING:
+    from blocklayer.graph.graph import Graph
+    from blocklayer.graph.node import Node
+
+_MIN_CLUSTER_SIZE: Final = 512
+_MAX_CLUSTER_SIZE: Final = 2 * MIB
+_MAX_REFCOUNT_BITS: Final = 64
+_CHUNK: Final = MIB
+_VERSIONS: Final = {None: 3, "0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+
+
+class Qcow2CreateOptions(CreateOptions, kw_only=True):
+    """What a new qcow2 image can be told."""
+
+    BEFORE_SIZE: ClassVar = frozenset(
+        ("cluster_size", "extended_l2", "preallocation", "compression_type")
+    )
+
+    cluster_size: Annotated[Size, Meta(description="qcow2 cluster size")] = 64 * KIB
+    extended_l2: Annotated[bool, Meta(description="Extended L2 tables")] = False
+    preallocation: Annotated[
+        Literal["off", "metadata", "falloc", "full"] | None,
+        Meta(description="Preallocation mode (allowed values: off, metadata, falloc, full)"),
+    ] = None
+    compression_type: Annotated[
+        Literal["zlib", "zstd"],
+        Meta(description="Compression method used for image cluster compression"),
+    ] = "zlib"
+    compat: Annotated[
+        Literal["0.10", "1.1", "v2", "v3"] | None,
+        Meta(description="Compatibility level (v2 [0.10] or v3 [1.1])"),
+    ] = None
+    backing_file: Annotated[str | None, Meta(description="File name of a base image")] = None
+    backing_fmt: Annotated[str | None, Meta(description="Image format of the base image")] = None
+    lazy_refcounts: Annotated[bool, Meta(description="Postpone refcount updates")] = False
+    refcount_bits: Annotated[int, Meta(description="Width of a reference count entry in bits")] = 16
+
+    @property
+    def version(self) -> int:
+        """The header version that ``compat`` stands for."""
+        return _VERSIONS[self.compat]
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes that follow; valid options only."""
+        return Geometry.make(
+            self.cluster_size.bit_length() - 1,
+            version=self.version,
+            refcount_order=self.refcount_bits.bit_length() - 1,
+        )
+
+    def validate(self) -> None:
+        """Raise UsageError unless an image can be made like this."""
+        if not (
+            is_power_of_two(self.cluster_size)
+            and _MIN_CLUSTER_SIZE <= self.cluster_size <= _MAX_CLUSTER_SIZE
+        ):
+            raise UsageError(
+                f"Cluster size must be a power of two between {_MIN_CLUSTER_SIZE} and "
+                f"{_MAX_CLUSTER_SIZE // KIB}k"
+            )
+        if not is_power_of_two(self.refcount_bits) or self.refcount_bits > _MAX_REFCOUNT_BITS:
+            raise UsageError(
+                "Refcount width must be a power of two and may not exceed "
+                f"{_MAX_REFCOUNT_BITS} bits"
+            )
+        if self.extended_l2:
+            raise UnsupportedError("Images with extended L2 tables cannot be created")
+        if self.version < 3:
+            self._validate_version_2()
+        self._validate_backing()
+        if align_up(self.size, SECTOR) > self.geometry.max_size:
+            raise UsageError(
+                "The image size is too large for file format 'qcow2' "
+                "(try using a larger cluster size)"
+            )
+
+    def _validate_version_2(self) -> None:
+        newer = "compatibility level 1.1 and above (use version=v3 or greater)"
+        if self.refcount_bits != 16:
+            raise UsageError(
+                "Different refcount widths than 16 bits require compatibility level 1.1 or above "
+                "(use version=v3 or greater)"
+            )
+        if self.lazy_refcounts:
+            raise UsageError(f"Lazy refcounts only supported with {newer}")
+        if self.compression_type != "zlib":
+            raise UsageError(f"Non-zlib compression type is only supported with {newer}")
+
+    def _validate_backing(self) -> None:
+        if self.backing_file == "":
+            raise UsageError("Expected backing file name, got empty string")
+        if self.backing_file is None:
+            if self.backing_fmt:
+                raise UsageError("Backing format cannot be used without backing file")
+            return
+        if self.preallocation not in (None, "off"):
+            raise UsageError(
+                "Backing file and preallocation can only be used at the same time if "
+                "extended_l2 is on"
+            )
+        if len(self.backing_file.encode("utf-8", "surrogateescape")) > MAX_BACKING_FILE_SIZE:
+            raise UsageError(
+                f"Backing file name '{self.backing_file[:64]}…' is longer than "
+                f"{MAX_BACKING_FILE_SIZE} bytes"
+            )
+        # Nothing of the layout changes the header's length: one that does not fit shows here.
+        new_header(self, plan(self.geometry, 0)).encode()
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """Where everything of a new image lies. Offsets in bytes."""
+
+    geometry: Geometry
+    size: int
+    table_clusters: int
+    l1_offset: int
+    l1_size: int
+    l2_offset: int
+    """The first L2 table; all are contiguous. 0 if nothing is mapped."""
+    data_offset: int
+    """The first data cluster; all are contiguous."""
+    data_clusters: int
+    blocks: list[tuple[int, int]]
+    """(index in the refcount table, offset) of every refcount block, by offset."""
+    used_clusters: int
+    file_size: int
+
+    @property
+    def table_offset(self) -> int:
+        """Offset of the refcount table."""
+        return self.geometry.cluster_size
+
+
+def plan(geometry: Geometry, size: int, *, mapped: bool = False) -> Layout:
+    """Where everything goes in an image of ``size`` bytes; ``mapped``: all clusters preallocated.
+
+    Header, refcount table and first refcount block lead, then the L1 table, then what is mapped,
+    then the refcount blocks that all this needs besides the first.
+    """
+    l1_size = geometry.l1_entries(size)
+    l1_clusters = geometry.cluster_count(l1_size * 8)
+    l2_clusters = l1_size if mapped else 0
+    data_clusters = geometry.cluster_count(size) if mapped else 0
+    content = l1_clusters + l2_clusters + data_clusters
+    table_clusters = 1
+    while True:
+        first = table_clusters + 2
+        placed, used = _place_blocks(geometry.refcount_block_entries, first - 1, first + content)
+        needed = geometry.cluster_count(8 * len(placed))
+        if needed <= table_clusters:
+            break
+        table_clusters = needed
+    if table_clusters << geometry.cluster_bits > MAX_REFCOUNT_TABLE_SIZE:
+        raise UsageError(
+            "The image size is too large to preallocate (try using a larger cluster size)"
+        )
+    bits = geometry.cluster_bits
+    # qemu-img ends the file with the last entry of an L1 table that comes last.
+    ends_in_l1 = len(placed) == 1 and not mapped and l1_size
+    return Layout(
+        geometry=geometry,
+        size=size,
+        table_clusters=table_clusters,
+        l1_offset=first << bits if l1_size else 0,
+        l1_size=l1_size,
+        l2_offset=(first + l1_clusters) << bits if mapped else 0,
+        data_offset=(first + l1_clusters + l2_clusters) << bits,
+        data_clusters=data_clusters,
+        blocks=[(index, cluster << bits) for index, cluster in placed],
+        used_clusters=used,
+        file_size=(first << bits) + l1_size * 8 if ends_in_l1 else used << bits,
+    )
+
+
+def _place_blocks(entries: int, first_block: int, end: int) -> tuple[list[tuple[int, int]], int]:
+    """Refcount blocks for clusters ``[0, end)``, and for themselves, from ``end`` on.
+
+    The answer lists them as (index, cluster), and says where free clusters begin.
+    """
+    placed = [(0, first_block)]
+    known = {0}
+    index = 0
+    while index * entries < end:
+        wanted = index
+        # A block may be the first cluster of a range that has no block yet.
+        while wanted not in known:
+            placed.append((wanted, end))
+            known.add(wanted)
+            wanted = end // entries
+            end += 1
+        index += 1
+    return placed, end
+
+
+def new_header(options: Qcow2CreateOptions, layout: Layout) -> ImageHeader:
+    """The header of a new image."""
+    header = ImageHeader(
+        version=options.version,
+        cluster_bits=layout.geometry.cluster_bits,
+        size=layout.size,
+        l1_size=layout.l1_size,
+        l1_table_offset=layout.l1_offset,
+        refcount_table_offset=layout.table_offset,
+        refcount_table_clusters=layout.table_clusters,
+        compatible_features=COMPATIBLE_LAZY_REFCOUNTS if options.lazy_refcounts else 0,
+        refcount_order=layout.geometry.refcount_order,
+        backing_file=options.backing_file,
+    )
+    if options.compression_type == "zstd":
+        header.compression_type = COMPRESSION_ZSTD
+    if options.backing_file is not None and options.backing_fmt is not None:
+        header.backing_format = options.backing_fmt
+    header.set_feature_names()
+    return header
+
+
+async def create(graph: Graph, target: Node, options: Qcow2CreateOptions) -> None:
+    """Write a new image to ``target``, an open writable protocol node."""
+    options.validate()
+    mapped = options.preallocation not in (None, "off")
+    layout = plan(options.geometry, align_up(options.size, SECTOR), mapped=mapped)
+    header = new_header(options, layout).encode()
+    await _make_room(target, layout, options.preallocation)
+    await _write_refcounts(target, layout)
+    if mapped:
+        await _write_mapping(target, layout)
+    await io.flush(target)
+    await io.write(target, 0, header[: layout.file_size])
+    await io.flush(target)
+
+
+async def _make_room(target: Node, layout: Layout, preallocation: str | None) -> None:
+    """Let all of the layout exist in ``target`` and read as zeros."""
+    if target.size == 0:
+        allocated = preallocation if preallocation in ("falloc", "full") else "off"
+        await io.truncate(target, layout.file_size, preallocation=allocated)
+        return
+    # A device holds what it held before, perhaps an image: end that first.
+    await io.write_zeroes(target, 0, layout.geometry.cluster_size)
+    await io.flush(target)
+    unmap = preallocation not in ("falloc", "full")
+    await io.write_zeroes(target, 0, layout.file_size, unmap=unmap)
+
+
+async def _write_refcounts(target: Node, layout: Layout) -> None:
+    geometry = layout.geometry
+    table = array("Q", bytes(layout.table_clusters << geometry.cluster_bits))
+    for index, offset in layout.blocks:
+        table[index] = offset
+    await io.write(target, layout.table_offset, store_table(table))
+    # The first block lies apart, all others are contiguous.
+    await io.write(target, layout.blocks[0][1], _block(layout, 0))
+    at_once = max(1, _CHUNK >> geometry.cluster_bits)
+    for start in range(1, len(layout.blocks), at_once):
+        part = layout.blocks[start : start + at_once]
+        await io.write(target, part[0][1], b"".join(_block(layout, index) for index, _ in part))
+
+
+def _block(layout: Layout, index: int) -> bytes:
+    """Refcount block ``index``: one reference for each used cluster."""
+    entries = layout.geometry.refcount_block_entries
+    order = layout.geometry.refcount_order
+    used = min(max(layout.used_clusters - index * entries, 0), entries)
+    counts = array(TYPECODES[order], (1,)) * used + array(TYPECODES[order], (0,)) * (entries - used)
+    return encode_block(counts, order)
+
+
+async def _write_mapping(target: Node, layout: Layout) -> None:
+    """L1 and L2 tables that map every guest cluster to the data clusters, in order."""
+    if not layout.l1_size:
+        return
+    geometry = layout.geometry
+    l1 = _run(layout.l2_offset, layout.l1_size, geometry.cluster_size)
+    await io.write(target, layout.l1_offset, store_table(l1))
+    at_once = max(1, _CHUNK >> geometry.cluster_bits) * geometry.l2_entries
+    for start in range(0, layout.data_clusters, at_once):
+        count = min(at_once, layout.data_clusters - start)
+        entries = _run(
+            layout.data_offset + (start << geometry.cluster_bits), count, geometry.cluster_size
+        )
+        offset = layout.l2_offset + start * geometry.l2_entry_size
+        await io.write(target, offset, store_table(entries))
+
+
+def _run(offset: int, count: int, cluster_size: int) -> array[int]:
+    """Entries for ``count`` contiguous clusters, each used once."""
+    start = COPIED | offset
+    return array("Q", range(start, start + count * cluster_size, cluster_size))

@@ -1,0 +1,405 @@
+"""The qcow2 driver: what ``graph`` asks of the format, handed to the parts that know.
+
+1. Opening reads; it writes only what the format demands of a writer: autoclear bits that are not
+   understood are cleared, and refcounts that the dirty bit calls untrusted are rebuilt.
+2. Metadata that contradicts itself stops the request with a CorruptionError. In an image open for
+   writing, the corrupt bit is set and writes are refused from then on; reads go on (R4).
+3. Persistent bitmaps are not kept up to date by this driver, so a writer clears their autoclear
+   bit, as the format demands: their consistency is lost, not pretended.
+4. Closing writes everything back, in the order of a flush, and then what lazy refcounts left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, ClassVar
+
+import msgspec
+
+from blocklayer.codec.qcow2 import header as qcow2_header
+from blocklayer.codec.qcow2.geometry import Geometry
+from blocklayer.codec.qcow2.header import ImageHeader, decode_header, probe_cluster_bits
+from blocklayer.codec.qcow2.snapshots import (
+    Snapshot,
+    decode_table,
+    table_size_bound,
+    validate_snapshot,
+)
+from blocklayer.codec.qcow2.validation import validate
+from blocklayer.drivers.qcow2 import flushing
+from blocklayer.drivers.qcow2.compression import Compressor
+from blocklayer.drivers.qcow2.create import Qcow2CreateOptions
+from blocklayer.drivers.qcow2.image import Image
+from blocklayer.drivers.qcow2.mapping import Mapping
+from blocklayer.drivers.qcow2.resizing import Resizer
+from blocklayer.drivers.qcow2.settings import Qcow2Options, Settings
+from blocklayer.drivers.qcow2.storage import Storage
+from blocklayer.drivers.qcow2.writing import Writer
+from blocklayer.drivers.qcow2.zeroing import Zeroer
+from blocklayer.errors import BlockError, CorruptionError, FormatError, UnsupportedError
+from blocklayer.graph import options as graph_options
+from blocklayer.graph.driver import (
+    BackingReference,
+    Buffer,
+    CheckResult,
+    DriverInfo,
+    FormatDriver,
+    SnapshotInfo,
+)
+from blocklayer.graph.extent import Allocation, Extent
+from blocklayer.units import align_up
+
+if TYPE_CHECKING:
+    from blocklayer.graph.graph import Graph
+    from blocklayer.graph.node import Node
+
+_HEADER_PROBE_SIZE = 112
+_KNOWN_AUTOCLEAR = 0
+
+
+class Qcow2Info(msgspec.Struct, rename="kebab", omit_defaults=True, kw_only=True):
+    """The format specific information that ``info`` shows."""
+
+    compat: str
+    compression_type: str
+    lazy_refcounts: bool | None = None
+    refcount_bits: int
+    corrupt: bool | None = None
+    extended_l2: bool | None = None
+
+
+class Qcow2Driver(FormatDriver):
+    """One open qcow2 image."""
+
+    NAME: ClassVar[str] = "qcow2"
+    Options = Qcow2Options
+    CreateOptions = Qcow2CreateOptions
+    supports_backing: ClassVar[bool] = True
+    relocates: ClassVar[bool] = True
+
+    image: Image
+    mapping: Mapping
+    writer: Writer
+    zeroer: Zeroer
+    compressor: Compressor
+    resizer: Resizer
+
+    @classmethod
+    def probe(cls, head: bytes, filename: str) -> int:
+        """Certain, given the magic; versions to come are refused by ``open``, not taken for raw."""
+        version = int.from_bytes(head[4:8], "big")
+        return 100 if head[:4] == b"QFI\xfb" and version >= 2 else 0
+
+    async def open(self) -> None:
+        """Read the header, the L1 table and the snapshot table."""
+        options = self.node.options
+        assert isinstance(options, Qcow2Options)
+        await self.node.open_child("file", options.file)
+        storage = Storage(self.node.children["file"])
+        header = await self._read_header(storage)
+        self._check_supported(header)
+        self._assemble(storage, header)
+        await self.image.load_l1()
+        await self._load_snapshots()
+        if not self.node.flags.read_only:
+            await self._become_writer()
+        self._clean_timer: asyncio.TimerHandle | None = None
+        self._schedule_cleaning()
+
+    async def _read_header(self, storage: Storage) -> ImageHeader:
+        head = await storage.read(0, _HEADER_PROBE_SIZE)
+        try:
+            bits = probe_cluster_bits(head)
+            header = decode_header(await storage.read(0, 1 << bits))
+            validate(header)
+        except (FormatError, UnsupportedError) as error:
+            raise type(error)(f"Could not open '{storage.node.filename}': {error}") from None
+        return header
+
+    def _check_supported(self, header: ImageHeader) -> None:
+        features = {
+            "extended L2 entries": header.extended_l2,
+            "an external data file": header.has_data_file,
+            "encryption": header.crypt_method != qcow2_header.CRYPT_NONE,
+        }
+        used = [name for name, present in features.items() if present]
+        if header.compression_type == qcow2_header.COMPRESSION_ZSTD and not _has_zstd():
+            used.append("zstd compression (install the package 'zstandard')")
+        if used:
+            raise UnsupportedError(
+                f"Could not open '{self.node.children['file'].node.filename}': the image uses "
+                + " and ".join(used)
+                + ", which this version does not support"
+            )
+
+    def _assemble(self, storage: Storage, header: ImageHeader) -> None:
+        """Build the parts around the image's state."""
+        node, options = self.node, self.node.options
+        assert isinstance(options, Qcow2Options)
+        settings = Settings.make(options, node.flags, header, Geometry.of(header))
+        self.image = image = Image(node, storage, header, settings)
+        self.mapping = Mapping(image)
+        self.writer = Writer(image, self.mapping)
+        self.zeroer = Zeroer(image, self.mapping, self.writer)
+        self.compressor = Compressor(image, self.mapping, self.writer)
+        self.resizer = Resizer(image, self.mapping, self.writer, self.zeroer)
+        self.allocation_unit = header.cluster_size
+        self.zero_alignment = header.cluster_size
+        self.discard_alignment = header.cluster_size
+
+    async def _load_snapshots(self) -> None:
+        image, count = self.image, self.image.header.nb_snapshots
+        if not count:
+            return
+        start = image.header.snapshots_offset
+        length = min(table_size_bound(count), max(0, image.storage.size - start))
+        try:
+            image.snapshots, _ = decode_table(await image.storage.read(start, length), count)
+            for snapshot in image.snapshots:
+                validate_snapshot(snapshot, image.geometry)
+        except FormatError as error:
+            raise FormatError(
+                f"Could not read the snapshots of '{self.node.filename}': {error}"
+            ) from None
+
+    async def _become_writer(self) -> None:
+        """What the format demands before an image may be written."""
+        image, header = self.image, self.image.header
+        if self.node.flags.repair:
+            return
+        if header.incompatible_features & qcow2_header.INCOMPATIBLE_CORRUPT:
+            raise UnsupportedError(
+                f"Could not open '{image.storage.node.filename}': qcow2: Image is corrupt; "
+                "cannot be opened read/write"
+            )
+        if header.autoclear_features & ~_KNOWN_AUTOCLEAR:
+            await image.update_header(
+                autoclear_features=header.autoclear_features & _KNOWN_AUTOCLEAR
+            )
+        if self.dirty:
+            from blocklayer.drivers.qcow2.check import rebuild_refcounts
+
+            await rebuild_refcounts(self)
+
+    async def reload(self) -> None:
+        """Read everything anew: a repair has rewritten the image below its caches."""
+        storage = self.image.storage
+        self._assemble(storage, await self._read_header(storage))
+        await self.image.load_l1()
+        await self._load_snapshots()
+        self.node.mapping_changed()
+
+    async def close(self) -> None:
+        """Write back everything; after an error that stopped writes, nothing."""
+        if self._clean_timer is not None:
+            self._clean_timer.cancel()
+            self._clean_timer = None
+        if self.image.writable:
+            async with self.image.lock:
+                await flushing.write_all(self.image)
+                if not self.node.flags.repair:
+                    await self.image.set_dirty(False)
+
+    def _schedule_cleaning(self) -> None:
+        interval_s = self.image.settings.clean_interval_s
+        if interval_s:
+            loop = asyncio.get_running_loop()
+            self._clean_timer = loop.call_later(interval_s, self._clean)
+
+    def _clean(self) -> None:
+        self.image.slices.drop_unused()
+        if not self.image.lock.locked():
+            self.image.refcounts.drop_unused()
+        self._schedule_cleaning()
+
+    async def _signal(self, error: CorruptionError) -> CorruptionError:
+        """Mark the image corrupt and stop writes, if it is open for writing; ``error`` to raise."""
+        image, name = self.image, self.node.filename
+        if not image.writable:
+            return CorruptionError(f"Image '{name}' is corrupt: {error}")
+        self.node.poison("the image is marked corrupt: see 'check'")
+        self.node.mapping_changed()
+        message = f"Image '{name}' is corrupt, no more writes are taken: {error}"
+        if image.header.version < 3:
+            return CorruptionError(message)
+        bits = image.header.incompatible_features | qcow2_header.INCOMPATIBLE_CORRUPT
+        async with image.lock:
+            try:
+                await image.update_header(incompatible_features=bits)
+            except BlockError as failure:
+                return CorruptionError(f"{message} (and it could not be marked: {failure})")
+        return CorruptionError(message)
+
+    @property
+    def size(self) -> int:
+        """Bytes the guest sees."""
+        return self.image.header.size
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the file's refcounts are marked as untrusted."""
+        return bool(self.image.header.incompatible_features & qcow2_header.INCOMPATIBLE_DIRTY)
+
+    @property
+    def backing_reference(self) -> BackingReference | None:
+        """The backing file that the header names."""
+        header = self.image.header
+        if not header.backing_file:
+            return None
+        return BackingReference(header.backing_file, header.backing_format or None)
+
+    def info(self) -> DriverInfo:
+        """Clusters, the dirty bit, and the snapshots inside."""
+        header = self.image.header
+        return DriverInfo(
+            cluster_size=self.image.geometry.cluster_size,
+            vm_state_offset=align_up(self.size, self.image.geometry.l1_entry_span),
+            dirty=self.dirty,
+            encrypted=header.crypt_method != qcow2_header.CRYPT_NONE,
+            snapshots=[_snapshot_info(snapshot) for snapshot in self.image.snapshots],
+        )
+
+    def specific_info(self) -> Qcow2Info:
+        """As ``qemu-img info`` shows it."""
+        header = self.image.header
+        zstd = header.compression_type == qcow2_header.COMPRESSION_ZSTD
+        info = Qcow2Info(
+            compat="1.1" if header.version == 3 else "0.10",
+            compression_type="zstd" if zstd else "zlib",
+            refcount_bits=self.image.geometry.refcount_bits,
+        )
+        if header.version == 3:
+            lazy = header.compatible_features & qcow2_header.COMPATIBLE_LAZY_REFCOUNTS
+            corrupt = header.incompatible_features & qcow2_header.INCOMPATIBLE_CORRUPT
+            info.lazy_refcounts = bool(lazy)
+            info.corrupt = bool(corrupt)
+            info.extended_l2 = header.extended_l2
+        return info
+
+    async def map(self, offset: int, length: int) -> Extent:
+        """Where the guest's bytes live."""
+        try:
+            return await self.mapping.map(offset, length)
+        except CorruptionError as error:
+            raise await self._signal(error) from None
+
+    async def read_opaque(self, offset: int, view: memoryview) -> None:
+        """Unpack compressed clusters."""
+        await self.compressor.read(offset, view)
+
+    async def allocate(self, offset: int, length: int) -> Allocation:
+        """Set clusters aside for a write."""
+        try:
+            return await self.writer.allocate(offset, length)
+        except CorruptionError as error:
+            raise await self._signal(error) from None
+
+    async def commit(self, allocation: Allocation) -> None:
+        """Point the guest's clusters at what was set aside."""
+        try:
+            await self.writer.commit(allocation)
+        except CorruptionError as error:
+            raise await self._signal(error) from None
+
+    async def abort(self, allocation: Allocation) -> None:
+        """Give back what was set aside."""
+        await self.writer.abort(allocation)
+
+    async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Make clusters read as zeros."""
+        try:
+            await self.zeroer.zero(offset, length, unmap=unmap)
+        except CorruptionError as error:
+            raise await self._signal(error) from None
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Give the space of clusters back."""
+        try:
+            await self.zeroer.discard(offset, length)
+        except CorruptionError as error:
+            raise await self._signal(error) from None
+
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """Store clusters compressed."""
+        try:
+            await self.compressor.write(offset, data)
+        except CorruptionError as error:
+            raise await self._signal(error) from None
+
+    def pack(self, data: Buffer) -> bytes | None:
+        """Compress one cluster."""
+        return self.compressor.pack(memoryview(data))
+
+    async def write_packed(self, offset: int, packed: bytes) -> None:
+        """Store a compressed cluster."""
+        try:
+            await self.compressor.write_packed(offset, packed)
+        except CorruptionError as error:
+            raise await self._signal(error) from None
+
+    async def flush(self) -> None:
+        """Write back metadata and make everything durable, in order."""
+        if self.node.flags.read_only:
+            return
+        try:
+            async with self.image.lock:
+                await flushing.flush(self.image)
+        except CorruptionError as error:
+            raise await self._signal(error) from None
+
+    async def truncate(self, size: int, *, preallocation: str, shrink: bool) -> None:
+        """Change the disk's size."""
+        try:
+            await self.resizer.truncate(size, preallocation=preallocation, shrink=shrink)
+        except CorruptionError as error:
+            raise await self._signal(error) from None
+
+    async def change_backing(self, reference: BackingReference | None) -> None:
+        """Rewrite the backing file's name and format in the header."""
+        async with self.image.lock:
+            self.node.check_writable()
+            await self.image.update_header(
+                backing_file=reference.filename if reference else None,
+                backing_format=reference.format if reference else None,
+            )
+
+    async def make_empty(self) -> None:
+        """Give up every cluster and table that the guest's disk has."""
+        try:
+            await self.zeroer.empty()
+        except CorruptionError as error:
+            raise await self._signal(error) from None
+
+    async def check(self, repair: frozenset[str]) -> CheckResult:
+        """Compare refcounts with references, and mend them."""
+        from blocklayer.drivers.qcow2.check import check
+
+        return await check(self, repair)
+
+    @classmethod
+    async def create(cls, graph: Graph, target: Node, options: graph_options.CreateOptions) -> None:
+        """Write a new image to ``target``."""
+        from blocklayer.drivers.qcow2.create import create
+
+        assert isinstance(options, Qcow2CreateOptions)
+        await create(graph, target, options)
+
+
+def _snapshot_info(snapshot: Snapshot) -> SnapshotInfo:
+    clock_s, clock_ns = divmod(snapshot.vm_clock_ns, 1_000_000_000)
+    return SnapshotInfo(
+        id=snapshot.id,
+        name=snapshot.name,
+        vm_state_size=snapshot.vm_state_size,
+        date_sec=snapshot.date_s,
+        date_nsec=snapshot.date_ns,
+        vm_clock_sec=clock_s,
+        vm_clock_nsec=clock_ns,
+        icount=snapshot.icount,
+    )
+
+
+def _has_zstd() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("zstandard") is not None
