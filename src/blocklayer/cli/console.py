@@ -1,0 +1,117 @@
+"""What commands say: results to standard output, errors and warnings to standard error, progress.
+
+1. Every line on standard error starts with the name the program was called by.
+2. Progress is a bar on a terminal; elsewhere, and for a program called by an original tool's name,
+   it is that tool's own ``(12.34/100%)``; as ``json`` it is one JSON line a step.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from blocklayer.errors import StorageError
+
+program = "blk"
+"""The name the program was called by; set once, by ``main``."""
+
+_BAR_WIDTH = 40
+_REDRAW_INTERVAL_S = 0.1
+_LEAST_STEP = 0.01
+
+
+class OutputError(StorageError):
+    """Standard output takes no more (its disk is full)."""
+
+
+def write(text: str) -> None:
+    """Put ``text`` on standard output as it is. Raises OutputError, or BrokenPipeError."""
+    try:
+        sys.stdout.write(text)
+    except OSError as error:
+        raise _failure(error) from error
+
+
+def say(line: str) -> None:
+    """One line of result."""
+    write(line + "\n")
+
+
+def flush() -> None:
+    """Hand over what is buffered. Raises OutputError, or BrokenPipeError."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise _failure(error) from error
+
+
+def _failure(error: OSError) -> Exception:
+    if isinstance(error, BrokenPipeError):
+        return error
+    return OutputError.from_os(error, "cannot write to standard output")
+
+
+def error(message: str, by: str | None = None) -> None:
+    """Why it did not work."""
+    complain(f"{by or program}: {message}")
+
+
+def warning(message: str) -> None:
+    """What the user should know although it works."""
+    complain(f"{program}: warning: {message}")
+
+
+def complain(line: str) -> None:
+    """A line on standard error, after all results so far."""
+    flush()
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+class Progress:
+    """How far a long command is. Use with ``with``; ``style`` None shows nothing.
+
+    ``style`` is what ``-p`` or ``--progress[=json]`` gave: "bar" or "json".
+    """
+
+    def __init__(self, style: str | None) -> None:
+        self._style = style
+        if style == "bar" and (program.startswith("qemu-") or not sys.stdout.isatty()):
+            self._style = "percent"
+        self._shown = -1.0
+        self._drawn_s = 0.0
+
+    def __enter__(self) -> Progress:
+        self.update(0, 1)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self._style in ("bar", "percent"):
+            write("\n")
+            flush()
+
+    def update(self, done: int, total: int) -> None:
+        """``done`` of ``total`` bytes (or other units) are finished."""
+        if self._style is None:
+            return
+        fraction = min(1.0, done / total) if total else 1.0
+        now_s = time.monotonic()
+        complete = fraction == 1.0 and self._shown != 1.0
+        if self._style == "bar":
+            due = now_s - self._drawn_s >= _REDRAW_INTERVAL_S
+        else:
+            due = fraction - self._shown >= _LEAST_STEP
+        if not (due or complete or self._shown < 0):
+            return
+        self._shown, self._drawn_s = fraction, now_s
+        write(self._line(fraction, done, total))
+        flush()
+
+    def _line(self, fraction: float, done: int, total: int) -> str:
+        percent = fraction * 100
+        if self._style == "json":
+            return f'{{"done": {done}, "total": {total}, "percent": {percent:.2f}}}\n'
+        if self._style == "percent":
+            return f"    ({percent:3.2f}/100%)\r"
+        filled = int(fraction * _BAR_WIDTH)
+        return f"\r{'█' * filled}{'░' * (_BAR_WIDTH - filled)} {percent:6.2f} %"

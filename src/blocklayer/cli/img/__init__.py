@@ -1,0 +1,20 @@
+"""`blk img`: one module a subcommand; this table says where each is, and loads none."""
+
+from __future__ import annotations
+
+from typing import Final
+
+_HERE = "blocklayer.cli.img"
+
+COMMANDS: Final = {
+    "check": f"{_HERE}.check:Check",
+    "commit": f"{_HERE}.commit:Commit",
+    "compare": f"{_HERE}.compare:Compare",
+    "convert": f"{_HERE}.convert:Convert",
+    "create": f"{_HERE}.create:Create",
+    "dd": f"{_HERE}.dd:Dd",
+    "info": f"{_HERE}.info:Info",
+    "map": f"{_HERE}.map:Map",
+    "rebase": f"{_HERE}.rebase:Rebase",
+    "resize": f"{_HERE}.resize:Resize",
+}

@@ -1,0 +1,249 @@
+"""`blk img convert`: images of any format, one after the other, into one of any other.
+
+1. Everything that can be refused is refused before the target is touched.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import Annotated
+
+import msgspec
+
+from blocklayer.api.disk import Disk
+from blocklayer.cli import console
+from blocklayer.cli.common import (
+    ForceShare,
+    ProgressStyle,
+    Quiet,
+    check_cache,
+    open_disk,
+    parse_options,
+    size_argument,
+)
+from blocklayer.cli.img.create import options_help
+from blocklayer.cli.img.target import Unfinished, check_distinct, create_target
+from blocklayer.cli.options import Command, Option
+from blocklayer.drivers import REGISTRY
+from blocklayer.errors import UsageError
+from blocklayer.graph.graph import Graph
+from blocklayer.graph.root import Root
+from blocklayer.jobs import convert as job
+from blocklayer.jobs.copying import DEFAULT_WORKERS, CopyOptions
+from blocklayer.jobs.plan import sparse_size_error
+
+_MOST_WORKERS = 16
+
+
+class Convert(Command):
+    """Copy one image to another with optional format conversion"""
+
+    OPERANDS = (
+        ("SRC_FILENAME", "source image file name (or specification with --image-opts)"),
+        ("[SRC_FILENAME2…]", "further sources, which follow the first"),
+        ("TGT_FILENAME", "target (output) image file name"),
+    )
+
+    quiet: Quiet = False
+    progress: ProgressStyle = None
+    source_format: Annotated[
+        str | None,
+        Option("format of the sources, else it is guessed", "f", "FMT", also=("format",)),
+    ] = None
+    image_opts: Annotated[
+        bool,
+        Option(
+            "sources are complete image specifications (incompatible with --source-format)",
+            also=("source-image-opts",),
+        ),
+    ] = False
+    source_cache: Annotated[
+        str, Option("cache mode of the sources (default writeback)", "T", "CACHE_MODE")
+    ] = "writeback"
+    target_format: Annotated[
+        str | None,
+        Option("format of the target (default raw)", "O", "FMT", also=("output-format",)),
+    ] = None
+    target_image_opts: Annotated[
+        bool,
+        Option("TGT_FILENAME is a complete image specification (needs -n; incompatible with -O)"),
+    ] = False
+    target_options: Annotated[
+        list[str],
+        Option(
+            "options of the target's format, as name=value,…",
+            "o",
+            "OPTIONS",
+            also=("target-format-options",),
+        ),
+    ] = msgspec.field(default_factory=list)
+    compress: Annotated[bool, Option("compress the target (qcow2 only)", "c")] = False
+    target_cache: Annotated[
+        str, Option("cache mode of the target (default unsafe)", "t", "CACHE_MODE")
+    ] = "unsafe"
+    backing: Annotated[
+        str | None, Option("make the target an overlay of this image", "Bb", "FILENAME")
+    ] = None
+    backing_format: Annotated[str | None, Option("format of the backing image", "F", "FMT")] = None
+    no_create: Annotated[bool, Option("write to a target that exists already", "n")] = False
+    target_is_zero: Annotated[
+        bool, Option("the target reads as zeros: do not write zeros to it (needs -n)")
+    ] = False
+    sparse_size: Annotated[
+        str, Option("zeros of this length or more become holes (default 4k, 0: none)", "S", "SIZE")
+    ] = "4k"
+    force_share: ForceShare = False
+    rate: Annotated[
+        str | None, Option("bytes per second at most", "r", "RATE", also=("rate-limit",))
+    ] = None
+    parallel: Annotated[
+        str, Option(f"chunks in flight, 1 to {_MOST_WORKERS} (default 8)", "m", "COUNT")
+    ] = str(DEFAULT_WORKERS)
+    oob_writes: Annotated[
+        bool, Option("allocate in any order, which may be faster and fragment the target", "W")
+    ] = False
+    salvage: Annotated[bool, Option("take what cannot be read for zeros, and go on")] = False
+
+    unfinished: Unfinished | None = None
+
+    async def run(self) -> int:
+        if parse_options(self.target_options) is None:
+            target = self.operands[-1] if self.operands else None
+            console.write(options_help(self.target_format or "raw", target))
+            return 0
+        options = self._copy_options()
+        *names, target_name = self.operands if len(self.operands) > 1 else ["", ""]
+        if not names or not target_name:
+            raise UsageError("Must specify image file name")
+        self._check_combinations(names)
+        graph = Graph(REGISTRY)
+        async with AsyncExitStack() as opened:
+            sources = [
+                await opened.enter_async_context(await self._open_source(name, graph))
+                for name in names
+            ]
+            await self._convert_to(target_name, [disk.root for disk in sources], options, graph)
+        return 0
+
+    async def _open_source(self, name: str, graph: Graph) -> Disk:
+        return await open_disk(
+            name,
+            format=self.source_format,
+            image_opts=self.image_opts,
+            force_share=self.force_share,
+            cache=self.source_cache,
+            graph=graph,
+        )
+
+    def left_behind(self) -> str:
+        return self.unfinished.left if self.unfinished else ""
+
+    def _copy_options(self) -> CopyOptions:
+        """The options of the copy itself. Raises UsageError."""
+        sparse_size = size_argument(self.sparse_size, "buffer size for sparse output")
+        problem = sparse_size_error(sparse_size)
+        if problem:
+            raise UsageError(problem)
+        if not self.parallel.isdecimal():
+            raise UsageError(f"Invalid number of coroutines specified: '{self.parallel}'.")
+        count = int(self.parallel)
+        if not 1 <= count <= _MOST_WORKERS:
+            raise UsageError(
+                f"Invalid number of coroutines specified. Must be between 1 and {_MOST_WORKERS}."
+            )
+        return CopyOptions(
+            sparse_size=sparse_size,
+            compress=self.compress,
+            in_order=not self.oob_writes,
+            workers=count,
+            bytes_per_s=0 if self.rate is None else size_argument(self.rate, "rate limit"),
+            salvage=self._warn if self.salvage else None,
+        )
+
+    def _warn(self, message: str) -> None:
+        if not self.quiet:
+            console.warning(message)
+
+    def _check_combinations(self, names: list[str]) -> None:
+        check_cache(self.target_cache)
+        check_cache(self.source_cache, "source cache")
+        if self.target_is_zero and not self.no_create:
+            raise UsageError("--target-is-zero requires use of -n flag")
+        if self.target_image_opts and not self.no_create:
+            raise UsageError("--target-image-opts requires use of -n flag")
+        if self.target_image_opts and self.target_format is not None:
+            raise UsageError("--target-image-opts and -O are mutually exclusive")
+        if self.no_create and self.target_options:
+            raise UsageError("-o has no effect when skipping image creation")
+        if self.no_create and self.backing is not None:
+            raise UsageError("Cannot use -B/-b with -n: the target exists already")
+        if self.backing is not None and len(names) > 1:
+            raise UsageError(
+                "Having a backing file for the target makes no sense when concatenating multiple "
+                "input images"
+            )
+        if self.backing is not None and self.backing_format is None:
+            raise UsageError("Use of backing file requires explicit backing format")
+        if not self.target_image_opts:
+            driver = REGISTRY.table.get(self.target_format or "raw")
+            if driver is None:
+                raise UsageError(f"Unknown file format '{self.target_format}'")
+            if self.compress and not job.supports_compression(
+                REGISTRY.load(self.target_format or "raw")
+            ):
+                raise UsageError("Compression not supported for this file format")
+
+    async def _convert_to(
+        self, name: str, roots: list[Root], options: CopyOptions, graph: Graph
+    ) -> None:
+        if self.no_create:
+            async with await self._open_target(name, graph) as target:
+                job.check_target(roots, target.root, compress=self.compress)
+                options.zeros_known = self.target_is_zero
+                self.unfinished = Unfinished(name, created=False)
+                with self.unfinished:
+                    await self._copy(roots, target, options)
+            return
+        preallocation = await self._create(name, roots, graph)
+        self.unfinished = Unfinished(name, created=True)
+        with self.unfinished:
+            async with await self._open_target(name, graph) as target:
+                options.zeros_known = job.reads_zero_when_new(target.root.node, preallocation)
+                await self._copy(roots, target, options)
+
+    async def _open_target(self, name: str, graph: Graph) -> Disk:
+        return await open_disk(
+            name,
+            format=None if self.target_image_opts else self.target_format or "raw",
+            image_opts=self.target_image_opts,
+            writable=True,
+            cache=self.target_cache,
+            graph=graph,
+        )
+
+    async def _copy(self, roots: list[Root], target: Disk, options: CopyOptions) -> None:
+        total = job.total_size(roots)
+        with console.Progress(None if self.quiet else self.progress) as progress:
+            await job.convert(
+                roots,
+                target.root,
+                options,
+                top_only=self.backing is not None,
+                progress=lambda done: progress.update(done, total),
+            )
+            progress.update(total, total)
+
+    async def _create(self, name: str, sources: list[Root], graph: Graph) -> str:
+        """Make the target; the answer is its preallocation mode."""
+        check_distinct(sources, name)
+        made = await create_target(
+            graph,
+            name,
+            self.target_format or "raw",
+            parse_options(self.target_options) or {},
+            job.total_size(sources),
+            f"converting {self.target_format or 'raw'}",
+            backing=self.backing,
+            backing_format=self.backing_format,
+        )
+        return str(getattr(made, "preallocation", "off"))

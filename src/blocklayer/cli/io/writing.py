@@ -1,0 +1,224 @@
+"""Commands that change guest data: write, writev, aio_write, discard."""
+
+from __future__ import annotations
+
+from blocklayer.cli import console
+from blocklayer.cli.io.session import Session
+from blocklayer.cli.io.texts import length, number, pattern_byte, total_length
+from blocklayer.cli.io.transfer import (
+    ASYNCHRONOUS,
+    IGNORED,
+    INVALID,
+    MANY,
+    QUIET,
+    REGISTER,
+    STATISTICS,
+    Timed,
+    reported,
+)
+from blocklayer.cli.io.verbs import CommandError, Given, Verb
+
+_DEFAULT_PATTERN = 0xCD
+
+_FILL = {"P": "use different pattern to fill file"}
+_FUA = {"f": "use Force Unit Access semantics"}
+
+
+def _pattern(given: Given) -> int:
+    text = given.value("P")
+    return _DEFAULT_PATTERN if text is None else pattern_byte(text)
+
+
+def _filled(session: Session, count: int, block: bytes) -> memoryview:
+    """``count`` bytes to write: ``block`` over and over."""
+    view = session.buffer(count)
+    view[:] = (block * -(-count // len(block)))[:count]
+    return view
+
+
+def _read_start(path: str, count: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            block = file.read(max(count, 1))
+    except OSError as error:
+        console.complain(f"{path}: {error.strerror}")
+        raise CommandError from None
+    if not block:
+        console.complain(f"{path}: file is empty")
+        raise CommandError
+    return block
+
+
+def _check_write_flags(given: Given) -> None:
+    if given.has("c") and given.has("f"):
+        raise CommandError("-f and -b or -c cannot be specified at the same time")
+    for letter in "nu":
+        if given.has(letter) and not given.has("z"):
+            raise CommandError(f"-{letter} requires -z to be specified")
+    if given.has("z") + given.has("P") + given.has("s") > 1:
+        raise CommandError("Only one of -z, -P, and -s can be specified at the same time")
+
+
+async def _write(session: Session, given: Given) -> None:
+    block = bytes([_pattern(given)])
+    _check_write_flags(given)
+    offset = number(given.operands[0])
+    fast, path = given.has("n"), given.value("s")
+    count = number(given.operands[1]) if fast else length(given.operands[1], " without -n")
+    if given.has("z") and given.has("r"):
+        raise CommandError("cannot combine zero write with registered I/O buffer")
+    if path is not None:
+        block = _read_start(path, count)
+    root, fua = session.root, given.has("f")
+    if given.has("z"):
+        unmap = given.has("u")
+        request = root.write_zeroes(offset, count, unmap=unmap, fallback=not fast, fua=fua)
+    elif given.has("c"):
+        request = root.write_compressed(offset, _filled(session, count, block))
+    else:
+        request = root.write(offset, _filled(session, count, block), fua=fua)
+    timed = Timed(given, "wrote", offset, count)
+    await timed.run(request, "write")
+    timed.report()
+
+
+async def _writev(session: Session, given: Given) -> None:
+    block = bytes([_pattern(given)])
+    offset, count = number(given.operands[0]), total_length(given.operands[1:])
+    data = _filled(session, count, block)
+    timed = Timed(given, "wrote", offset, count)
+    await timed.run(session.root.write(offset, data, fua=given.has("f")), "writev")
+    timed.report()
+
+
+async def _aio_write(session: Session, given: Given) -> None:
+    block = bytes([_pattern(given)])
+    if given.has("i"):
+        console.say("injecting invalid write request")
+        return
+    zeroes, unmap, fua = given.has("z"), given.has("u"), given.has("f")
+    if zeroes and len(given.operands) > 2:
+        raise CommandError("-z supports only a single length parameter")
+    if unmap and not zeroes:
+        raise CommandError("-u requires -z to be specified")
+    if zeroes and given.has("r"):
+        raise CommandError("cannot combine zero write with registered I/O buffer")
+    root, offset, texts = session.root, number(given.operands[0]), given.operands[1:]
+    count = number(texts[0]) if zeroes else total_length(texts)
+    if zeroes:
+        request = root.write_zeroes(offset, count, unmap=unmap, fua=fua)
+    else:
+        request = root.write(offset, _filled(session, count, block), fua=fua)
+    session.start(reported(request, Timed(given, "wrote", offset, count), "aio_write"))
+
+
+async def _discard(session: Session, given: Given) -> None:
+    offset, count = number(given.operands[0]), length(given.operands[1])
+    timed = Timed(given, "discard", offset, count)
+    await timed.run(session.root.discard(offset, count), "discard")
+    timed.report()
+
+
+VERBS = (
+    Verb(
+        name="write",
+        alias="w",
+        run=_write,
+        usage="[-P pattern | -s source_file] off len",
+        flags={
+            "c": "write compressed data",
+            **STATISTICS,
+            **_FUA,
+            "n": "with -z, don't allow slow fallback",
+            **QUIET,
+            **REGISTER,
+            "u": "with -z, allow unmapping",
+            "z": "write zeroes without sending them",
+            **IGNORED,
+            **_FILL,
+            "s": "use a pattern file to fill the write buffer",
+        },
+        least=2,
+        operands=(2, 2),
+        most=None,
+        changes=True,
+        summary="writes a number of bytes at a specified offset",
+        details="""\
+writes a range of bytes from the given offset
+
+Example:
+'write 512 1k' - writes 1 kilobyte at 512 bytes into the open file
+
+Writes into a segment of the currently open file, using a buffer
+filled with a set pattern (0xcdcdcdcd).""",
+    ),
+    Verb(
+        name="writev",
+        run=_writev,
+        usage=MANY,
+        flags={**STATISTICS, **_FUA, **QUIET, **REGISTER, **_FILL},
+        least=2,
+        operands=(2, None),
+        most=None,
+        changes=True,
+        summary="writes a number of bytes at a specified offset",
+        details="""\
+writes a range of bytes from the given offset source from multiple buffers
+
+Example:
+'writev 512 1k 1k' - writes 2 kilobytes at 512 bytes into the open file
+
+Writes into a segment of the currently open file, using a buffer
+filled with a set pattern (0xcdcdcdcd).""",
+    ),
+    Verb(
+        name="aio_write",
+        run=_aio_write,
+        usage=MANY,
+        flags={
+            **STATISTICS,
+            **_FUA,
+            **INVALID,
+            **QUIET,
+            **REGISTER,
+            "u": "with -z, allow unmapping",
+            "z": "write zeroes without sending them",
+            **_FILL,
+        },
+        least=2,
+        operands=(2, None),
+        most=None,
+        changes=True,
+        summary="asynchronously writes a number of bytes",
+        details="""\
+asynchronously writes a range of bytes from the given offset source
+from multiple buffers
+
+Example:
+'aio_write 512 1k 1k' - writes 2 kilobytes at 512 bytes into the open file
+
+Writes into a segment of the currently open file, using a buffer
+filled with a set pattern (0xcdcdcdcd).
+"""
+        + ASYNCHRONOUS.format(what="write"),
+    ),
+    Verb(
+        name="discard",
+        alias="d",
+        run=_discard,
+        usage="off len",
+        flags={**STATISTICS, **QUIET},
+        least=2,
+        operands=(2, 2),
+        most=None,
+        changes=True,
+        summary="discards a number of bytes at a specified offset",
+        details="""\
+discards a range of bytes from the given offset
+
+Example:
+'discard 512 1k' - discards 1 kilobyte from 512 bytes into the file
+
+Discards a segment of the currently open file.""",
+    ),
+)

@@ -1,0 +1,247 @@
+"""The program `blk`: which command is meant, and what becomes of its errors.
+
+1. Only the module of the chosen command is imported.
+2. Called by the name of an original tool (a link named ``qemu-img``), the program is that tool:
+   same arguments, and that name in front of its messages. Otherwise they start with ``blk img:``.
+3. Exit codes: 0, 1 for every error, 130 after Ctrl-C; ``check`` and ``compare`` have more. Bad
+   input gives lines for a person, never a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from blocklayer.cli import console
+from blocklayer.cli.options import Command, CommandLineError, HelpRequest, help_text, parse
+from blocklayer.cli.options import summary as summary_of
+from blocklayer.errors import BlockError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+EXIT_INTERRUPTED: Final = 130
+QEMU_VERSION: Final = "10.0.0"
+"""The release of QEMU whose tools are resembled, for scripts that compare versions."""
+
+GROUPS: Final = {
+    "img": ("qemu-img", "blocklayer.cli.img", "Work on disk images (used like qemu-img)"),
+    "io": ("qemu-io", "blocklayer.cli.io.main:Io", "Read and write inside an image (like qemu-io)"),
+    "tour": (
+        None,
+        "blocklayer.cli.tour.story:Tour",
+        "Build a chain of images and show what can be done",
+    ),
+}
+"""Name: the tool it stands for, its table of subcommands or its one Command, and its summary."""
+
+
+def main(arguments: Sequence[str] | None = None, called: str | None = None) -> int:
+    """Run the program by the name ``called`` with ``arguments``; the answer is the exit code.
+
+    Both come from ``sys.argv`` unless given.
+    """
+    called = os.path.basename(sys.argv[0]) if called is None else called
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # File names are bytes: what was not UTF-8 on the way in is the same on the way out.
+            stream.reconfigure(errors="surrogateescape")
+    console.program = called if called in {tool for tool, _, _ in GROUPS.values()} else "blk"
+    try:
+        code = _run_guarded(rest)
+        console.flush()
+        return code
+    except (BrokenPipeError, console.OutputError) as error:
+        # What is still buffered has nowhere to go; the interpreter would try once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, console.OutputError):
+            console.error(str(error))
+        return 1
+
+
+def _run_guarded(arguments: list[str]) -> int:
+    """Run; turn every error into lines for a person and an exit code."""
+    try:
+        return _choose_group(arguments)
+    except CommandLineError as error:
+        console.error(str(error), error.by)
+        console.complain(f"Try '{error.command or console.program} --help' for more info")
+    except (BrokenPipeError, console.OutputError):
+        raise
+    except BlockError as error:
+        console.error(str(error))
+    except OSError as error:
+        where = f"'{error.filename}': " if error.filename else ""
+        console.error(f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        console.error("interrupted")
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        return _report_bug(error)
+    return 1
+
+
+def _report_bug(error: Exception) -> int:
+    if os.environ.get("BLOCKLAYER_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exc()
+    console.error(
+        f"internal error: {type(error).__name__}: {error}. This is a bug, please report it "
+        "(BLOCKLAYER_DEBUG=1 shows where it happened)"
+    )
+    return 1
+
+
+def _choose_group(arguments: list[str]) -> int:
+    if console.program != "blk":
+        place = next(place for tool, place, _ in GROUPS.values() if tool == console.program)
+        return _run_place(place, arguments)
+    if not arguments:
+        raise CommandLineError("Not enough arguments")
+    first, *rest = arguments
+    if first in ("-h", "--help"):
+        console.write(_top_help())
+        return 0
+    if first in ("-V", "--version"):
+        console.write(_version())
+        return 0
+    if first.startswith("-"):
+        raise CommandLineError(f"unrecognized option '{first}'")
+    if first not in GROUPS:
+        raise CommandLineError(f"Command not found: {first}")
+    console.program = f"blk {first}"
+    return _run_place(GROUPS[first][1], rest)
+
+
+def _run_place(place: str, arguments: list[str]) -> int:
+    """Run the one command at ``place``, or the chosen one of the table there."""
+    if arguments[:1] in (["-V"], ["--version"]):
+        console.write(_version())
+        return 0
+    if ":" in place:
+        return _run_command(place, console.program, arguments)
+    table: dict[str, str] = _import(place).COMMANDS
+    if not arguments:
+        raise CommandLineError("Not enough arguments")
+    first, *rest = arguments
+    if first in ("-h", "--help"):
+        console.write(_group_help(table))
+        return 0
+    if first.startswith("-"):
+        raise CommandLineError(f"unrecognized option '{first}'")
+    if first not in table:
+        raise CommandLineError(f"Command not found: {first}")
+    return _run_command(table[first], f"{console.program} {first}", rest)
+
+
+def load_command(place: str) -> type[Command]:
+    """The class at ``package.module:Class``."""
+    module, _, name = place.partition(":")
+    command: type[Command] = getattr(_import(module), name)
+    return command
+
+
+def _import(module: str) -> ModuleType:
+    from importlib import import_module
+
+    return import_module(module)
+
+
+def _run_command(place: str, called: str, arguments: list[str]) -> int:
+    command_class = load_command(place)
+    try:
+        command = parse(command_class, arguments, called)
+        if command.writes:
+            return _run_as_task(command)
+        return _run_in_place(command)
+    except HelpRequest:
+        console.write(help_text(command_class, called))
+        return 0
+    except CommandLineError as error:
+        error.command = called
+        raise
+
+
+def _run_in_place(command: Command) -> int:
+    """Without tasks: nothing is changed, so that Ctrl-C may strike anywhere."""
+    import asyncio
+
+    from blocklayer.graph import waiting
+
+    loop = asyncio.new_event_loop()
+    try:
+        return waiting.run(command.run(), loop)
+    finally:
+        loop.close()
+
+
+def _run_as_task(command: Command) -> int:
+    """As a task: Ctrl-C cancels it where it waits, which leaves images valid."""
+    import asyncio
+    import signal
+
+    def as_interrupt(*received: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    try:
+        with asyncio.Runner() as runner:
+            # Whoever ends us politely wants what Ctrl-C wants: nothing half-made left behind.
+            signal.signal(signal.SIGTERM, as_interrupt)
+            return runner.run(command.run())
+    except KeyboardInterrupt:
+        left = command.left_behind()
+        console.error(f"interrupted: {left}" if left else "interrupted")
+        return EXIT_INTERRUPTED
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    own = f"blocklayer {version('blocklayer')}"
+    if console.program.startswith("qemu-"):
+        return f"{console.program} version {QEMU_VERSION} ({own})\n"
+    return f"blk ({own}, resembles QEMU {QEMU_VERSION})\n"
+
+
+def _top_help() -> str:
+    lines = ["blk: disk images and their chains.  Usage:", "", "  blk COMMAND [--help | …]", ""]
+    lines += ["Commands:", ""]
+    lines += [f"  {name} - {summary}" for name, (_, _, summary) in GROUPS.items()]
+    return "\n".join([*lines, *_standard_options()])
+
+
+def _group_help(table: dict[str, str]) -> str:
+    from blocklayer.drivers import REGISTRY
+
+    program = console.program
+    lines = [
+        f"{program}: disk image utility.  Usage:",
+        "",
+        f"  {program} [standard options] COMMAND [--help | command options]",
+        "",
+        f"Recognized commands (run {program} COMMAND --help for command-specific help):",
+        "",
+    ]
+    lines += [f"  {name} - {summary_of(load_command(place))}" for name, place in table.items()]
+    lines += ["", "Supported image formats:", "", f"  {' '.join(sorted(REGISTRY.table))}"]
+    return "\n".join([*lines, *_standard_options()])
+
+
+def _standard_options() -> list[str]:
+    return [
+        "",
+        "Standard options:",
+        "  -h, --help",
+        "     print this help and exit",
+        "  -V, --version",
+        "     print the version and exit",
+        "",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""``blk tour``: plays the talk on real disks and checks every step."""

@@ -1,0 +1,123 @@
+"""The declarative option table: parsing as GNU getopt_long does."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+import pytest
+
+from blocklayer.cli.options import (
+    Command,
+    CommandLineError,
+    HelpRequest,
+    Option,
+    help_text,
+    parse,
+)
+
+
+class Sample(Command):
+    """Do something"""
+
+    OPERANDS = (("FILE", "a file"),)
+
+    flag: Annotated[bool, Option("a flag", "q")] = False
+    other: Annotated[bool, Option("another flag", "u")] = False
+    format: Annotated[str | None, Option("a value", "fF", "FMT")] = None
+    format_other: Annotated[str | None, Option("a longer name", value="FMT")] = None
+    options: Annotated[list[str], Option("many values", "o", "OPTS")] = msgspec.field(
+        default_factory=list
+    )
+    repair: Annotated[str | None, Option("a choice", "r", "a|b", choices=("a", "b"))] = None
+    progress: Annotated[str | None, Option("may have a value", "p", "json", implied="bar")] = None
+    unseen: int = 0
+
+
+GOOD: list[tuple[list[str], dict[str, Any]]] = [
+    ([], {}),
+    (["x", "y"], {"operands": ["x", "y"]}),
+    (["-q", "x", "-u"], {"flag": True, "other": True, "operands": ["x"]}),
+    (["-qu"], {"flag": True, "other": True}),
+    (["-qfraw"], {"flag": True, "format": "raw"}),
+    (["-quf", "raw"], {"flag": True, "other": True, "format": "raw"}),
+    (["-Fraw"], {"format": "raw"}),
+    (["-f", "-q"], {"format": "-q"}),
+    (["--format=raw"], {"format": "raw"}),
+    (["--format", "raw"], {"format": "raw"}),
+    (["--format="], {"format": ""}),
+    (["--format-o=raw"], {"format_other": "raw"}),
+    (["--fl"], {"flag": True}),
+    (["-f", "a", "-f", "b"], {"format": "b"}),
+    (["-o", "a", "--opt", "b", "-oc"], {"options": ["a", "b", "c"]}),
+    (["--", "-q", "--"], {"operands": ["-q", "--"]}),
+    (["-"], {"operands": ["-"]}),
+    (["-1M", "x"], {"operands": ["-1M", "x"]}),
+    (["-p", "json"], {"progress": "bar", "operands": ["json"]}),
+    (["--progress"], {"progress": "bar"}),
+    (["--progress=json"], {"progress": "json"}),
+    (["-pq"], {"progress": "bar", "flag": True}),
+    (["-ra"], {"repair": "a"}),
+]
+
+
+@pytest.mark.parametrize(("arguments", "fields"), GOOD)
+def test_understood(arguments: list[str], fields: dict[str, Any]) -> None:
+    assert parse(Sample, arguments, "tool sample") == Sample(**fields)
+
+
+BAD = [
+    (["-x"], "invalid option -- 'x'"),
+    (["-qx"], "invalid option -- 'x'"),
+    (["--nothing"], "unrecognized option '--nothing'"),
+    (["--unseen=1"], "unrecognized option '--unseen'"),
+    (["-f"], "option requires an argument -- 'f'"),
+    (["--format-other"], "option '--format-other' requires an argument"),
+    (["--flag=1"], "option '--flag' doesn't allow an argument"),
+    (["--fla=1"], "option '--flag' doesn't allow an argument"),
+    (["--f"], "option '--f' is ambiguous; possibilities: '--flag' '--format' '--format-other'"),
+    (["-r", "c"], "--repair (-r) expects 'a' or 'b' not 'c'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(CommandLineError) as caught:
+        parse(Sample, arguments, "tool sample")
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["x", "--he"]])
+def test_help_is_asked_for(arguments: list[str]) -> None:
+    with pytest.raises(HelpRequest):
+        parse(Sample, arguments, "tool sample")
+
+
+def test_help_text() -> None:
+    assert help_text(Sample, "tool sample") == (
+        "Do something.  Usage:\n\n  tool sample [-q] [-u] [-f\N{NO-BREAK SPACE}FMT]".replace(
+            "\N{NO-BREAK SPACE}", " "
+        )
+        + " [--format-other FMT] [-o OPTS] [-r a|b] [-p]\n"
+        "        FILE\n"
+        "\n"
+        "Arguments:\n"
+        "  -h, --help\n"
+        "     print this help and exit\n"
+        "  -q, --flag\n"
+        "     a flag\n"
+        "  -u, --other\n"
+        "     another flag\n"
+        "  -f, --format FMT\n"
+        "     a value\n"
+        "  --format-other FMT\n"
+        "     a longer name\n"
+        "  -o, --options OPTS\n"
+        "     many values\n"
+        "  -r, --repair a|b\n"
+        "     a choice\n"
+        "  -p, --progress[=json]\n"
+        "     may have a value\n"
+        "  FILE\n"
+        "     a file\n"
+    )
