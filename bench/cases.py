@@ -1,0 +1,67 @@
+"""The cases: what runs, against what, and the ratio that is wanted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from bench import images
+from bench.measure import BLK, IMG, QEMU_IMG, Command
+
+Prepare = Callable[[Path, int], None]
+
+
+class Case(NamedTuple):
+    """Two commands and the largest good ratio of the first one's time to the second one's."""
+
+    name: str
+    prepare: Prepare
+    ours: Command
+    peer: Command
+    most: float = 1.0
+    made: str | None = None
+    """A file that both make; it is removed before each run."""
+    runs: int | None = None
+
+
+def _img(name: str, prepare: Prepare, line: str, most: float = 1.0) -> Case:
+    """A command of ``blk img`` against the same of ``qemu-img``."""
+    words = line.split()
+    made = words[-1] if words[0] == "convert" else None
+    return Case(name, prepare, (*IMG, *words), (*QEMU_IMG, *words), most, made)
+
+
+def _scattered(folder: Path, size: int) -> None:
+    images.scattered(folder)
+
+
+def _small(folder: Path, size: int) -> None:
+    images.small(folder)
+
+
+_LIBRARY = (sys.executable, "-m", "bench.library")
+_EVERY_INFO = "for image in small/*; do qemu-img info $image; done"
+_IMPORTS = "import asyncio, msgspec, argparse"
+
+CASES = (
+    _img("convert full raw → qcow2", images.full, "convert -O qcow2 full.raw out"),
+    _img("convert full qcow2 → raw", images.full, "convert -O raw full.qcow2 out"),
+    _img("convert full qcow2 → qcow2", images.full, "convert -O qcow2 full.qcow2 out"),
+    _img("convert sparse raw → qcow2", images.sparse, "convert -O qcow2 sparse.raw out"),
+    _img("convert sparse qcow2 → raw", images.sparse, "convert -O raw sparse.qcow2 out"),
+    _img("convert sparse qcow2 → qcow2", images.sparse, "convert -O qcow2 sparse.qcow2 out"),
+    _img("convert -c files", images.compressible, "convert -c -O qcow2 files.raw out"),
+    _img("compare 1 TiB, 100k clusters", _scattered,
+         "compare scattered.qcow2 scattered-copy.qcow2", 2.0),
+    _img("check 1 TiB, 100k clusters", _scattered, "check scattered.qcow2", 2.0),
+    _img("map 1 TiB, 100k clusters", _scattered, "map --output=json scattered.qcow2", 2.0),
+    Case("read through 30 layers / 1", images.chain,
+         (*_LIBRARY, "read", f"layer{images.CHAIN_DEPTH}.qcow2"),
+         (*_LIBRARY, "read", "layer1.qcow2"), 1.1),
+    Case("info / importing asyncio …", _small,
+         (BLK, "img", "info", "small/0.qcow2"), (sys.executable, "-c", _IMPORTS), 1.5, runs=15),
+    Case("open 1,000 / 1,000 × info", _small,
+         (*_LIBRARY, "open", "small"), ("sh", "-c", _EVERY_INFO), 0.1, runs=1),
+)  # fmt: skip

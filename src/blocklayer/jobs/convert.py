@@ -1,0 +1,128 @@
+"""Convert: the guest's view of one or more images, written to another image of any format.
+
+1. Several sources follow one another, each rounded up to whole sectors.
+2. An overlay made to hold what the source's own top layer holds gets that, zeros as zeros; where
+   that layer holds nothing, the overlay stays unallocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from blocklayer.errors import UsageError
+from blocklayer.graph.driver import FormatDriver
+from blocklayer.graph.extent import Kind
+from blocklayer.graph.filename import storage_of
+from blocklayer.graph.node import Node
+from blocklayer.graph.root import Root
+from blocklayer.jobs.copying import Copier, CopyOptions
+from blocklayer.jobs.plan import Piece, piece_of, source_runs
+from blocklayer.units import SECTOR, align_down, align_up
+
+
+def total_size(sources: Sequence[Root]) -> int:
+    """The size that a target for all of ``sources`` must have."""
+    return sum(align_up(source.node.size, SECTOR) for source in sources)
+
+
+def check_target(sources: Sequence[Root], target: Root, *, compress: bool) -> None:
+    """Raise UsageError unless ``target`` can take ``sources``."""
+    needed, size = total_size(sources), target.node.size
+    if size < needed:
+        raise UsageError(
+            f"output file is smaller than input file: '{target.node.filename}' has {size} bytes, "
+            f"{needed} are needed"
+        )
+    if compress and not supports_compression(type(target.node.driver)):
+        raise UsageError("Compression not supported for this file format")
+
+
+def supports_compression(driver: type[object]) -> bool:
+    """Whether images of ``driver`` can hold compressed clusters."""
+    if not issubclass(driver, FormatDriver):
+        return False
+    return driver.write_compressed is not FormatDriver.write_compressed
+
+
+def reads_zero_when_new(target: Node, preallocation: str) -> bool:
+    """Whether ``target``, just created, reads as zeros wherever nothing was written."""
+    if target.backing is not None:
+        return False
+    if storage_of(target).driver.NAME in ("file", "memory"):
+        return True
+    # A device keeps what it held; only space that is not mapped yet is known to be zero.
+    relocates = isinstance(target.driver, FormatDriver) and target.driver.relocates
+    return relocates and preallocation == "off"
+
+
+async def convert(
+    sources: Sequence[Root],
+    target: Root,
+    options: CopyOptions,
+    *,
+    top_only: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Copy ``sources``, one after the other, to ``target``, which is large enough.
+
+    ``top_only``: the target's backing file stands for those of the only source, whose top layer is
+    all that is copied.
+    """
+    copier = Copier(target, options, progress)
+    if top_only:
+        pieces = _top_pieces(sources[0], target.node)
+        if options.compress:
+            pieces = _whole_units(pieces, sources[0], copier.unit)
+    else:
+        pieces = _pieces(sources)
+    await copier.copy(pieces)
+    if options.compress:
+        await target.write_compressed(0, b"")
+
+
+async def _pieces(sources: Sequence[Root]) -> AsyncIterator[Piece]:
+    shift = 0
+    for source in sources:
+        size = source.node.size
+        async for run, generation in source_runs(source, 0, size):
+            yield piece_of(run, generation, source, shift)
+        shift += size
+        if shift % SECTOR:
+            yield Piece(shift, SECTOR - shift % SECTOR)
+            shift = align_up(shift, SECTOR)
+
+
+async def _top_pieces(source: Root, target: Node) -> AsyncIterator[Piece]:
+    """What the top layer of ``source`` holds."""
+    shown = 0 if target.backing is None else target.backing.size
+    async for run, generation in source_runs(source, 0, source.node.size):
+        if run.depth > 0 or not run.present:
+            continue
+        piece = piece_of(run, generation, source)
+        if run.kind is Kind.ZERO and run.end > shown:
+            # Past the end of the backing file there is nothing to hide with zeros.
+            piece = piece.cut(run.offset, max(run.offset, shown))
+        if piece.length:
+            yield piece
+
+
+async def _whole_units(
+    pieces: AsyncIterator[Piece], source: Root, unit: int
+) -> AsyncIterator[Piece]:
+    """Fill up the units that ``pieces`` cover in part: compressed clusters are written whole."""
+    done = 0
+    size = source.node.size
+    async for piece in pieces:
+        start = max(align_down(piece.offset, unit), done)
+        if done < start and done % unit:
+            # The rest of the last unit, before the gap.
+            end = min(align_up(done, unit), size, start)
+            yield Piece(done, end - done, source, done)
+            start = max(start, end)
+        if start < piece.offset:
+            yield Piece(start, piece.offset - start, source, start)
+        yield piece
+        done = piece.end
+    end = min(align_up(done, unit), size)
+    if done < end:
+        yield Piece(done, end - done, source, done)

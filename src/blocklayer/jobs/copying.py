@@ -1,0 +1,243 @@
+"""The one copy engine: plans on the loop, moves bytes in threads, several chunks at once.
+
+A worker takes a chunk, reads it, waits for its turn, sets space aside in the target, writes, and
+commits. The kernel copies while the interpreter's lock is free: two workers keep two cores busy.
+
+1. Zeros that the source's block status knows of are never read; data that turns out to be zero is
+   not written where the target reads as zeros already.
+2. Space in the target is allocated in guest order, unless ``in_order`` is False.
+3. Data is in its place before ``commit`` shows it. Space that could not be filled is given back.
+4. When ``copy`` returns or raises, no thread touches a buffer or a file any more.
+5. Every chunk is a request of the source and of the target: a drained section waits for it, and it
+   waits for a drained section.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AsyncExitStack
+
+import msgspec
+
+from blocklayer.errors import BlockError
+from blocklayer.graph import io
+from blocklayer.graph.driver import FormatDriver
+from blocklayer.graph.root import Root
+from blocklayer.jobs.plan import Chunk, Gatherer, Piece, Segment, data_ranges
+from blocklayer.jobs.reading import Load, Reader, Warn, located, new_buffer
+from blocklayer.jobs.threads import Threads, crew
+from blocklayer.jobs.writing import Writer, gaps, spans, store_all
+from blocklayer.units import KIB, MIB, align_down, align_up
+
+CHUNK_SIZE = 2 * MIB
+DEFAULT_WORKERS = 8
+DEFAULT_SPARSE_SIZE = 4 * KIB
+
+
+class CopyOptions(msgspec.Struct, kw_only=True):
+    """How to copy."""
+
+    zeros_known: bool = False
+    """The target reads as zeros wherever nothing was written to it."""
+    sparse_size: int = DEFAULT_SPARSE_SIZE
+    """Zero runs of this length or more become holes; 0: everything is written, zeros too."""
+    compress: bool = False
+    in_order: bool = True
+    workers: int = DEFAULT_WORKERS
+    bytes_per_s: int = 0
+    """The rate limit; 0: none."""
+    salvage: Warn | None = None
+    """Where to report what cannot be read and is taken for zeros; None: that is an error."""
+
+
+class Pace:
+    """Holds a copy to ``bytes_per_s``."""
+
+    def __init__(self, bytes_per_s: int) -> None:
+        self.bytes_per_s = bytes_per_s
+        self._due_s = 0.0
+
+    async def wait(self, length: int) -> None:
+        """Wait until ``length`` more bytes may go."""
+        if not self.bytes_per_s:
+            return
+        now_s = asyncio.get_running_loop().time()
+        if self._due_s > now_s:
+            await asyncio.sleep(self._due_s - now_s)
+        self._due_s = max(self._due_s, now_s) + length / self.bytes_per_s
+
+
+class Turns:
+    """Lets tickets 0, 1, 2, … pass one after the other."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._waiting: dict[int, asyncio.Future[None]] = {}
+
+    async def wait(self, ticket: int) -> None:
+        """Wait until all tickets before ``ticket`` have passed."""
+        if ticket != self._next:
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiting[ticket] = waiter
+            await waiter
+
+    def passed(self) -> None:
+        """The ticket whose turn it is has passed."""
+        self._next += 1
+        waiter = self._waiting.pop(self._next, None)
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+
+class Copier:
+    """Copies pieces of guest data to ``target``. For one use."""
+
+    def __init__(
+        self,
+        target: Root,
+        options: CopyOptions,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.target = target
+        self.options = options
+        self.done = 0
+        """Bytes of the target that are finished."""
+        driver = target.node.driver
+        self.unit = driver.allocation_unit if isinstance(driver, FormatDriver) else 1
+        self._progress = progress
+        self._reader = Reader(options.salvage)
+        self._pace = Pace(options.bytes_per_s)
+        self._turns = Turns()
+        self._ticket = 0
+        self._taking = asyncio.Lock()
+
+    async def copy(self, pieces: AsyncIterator[Piece]) -> None:
+        """Copy all ``pieces``, which come in order. Raises the first error met."""
+        options = self.options
+        gatherer = Gatherer(
+            self.unit,
+            CHUNK_SIZE,
+            zeros_known=options.zeros_known,
+            materialise=not options.sparse_size,
+        )
+        chunks = gatherer.chunks(pieces)
+        try:
+            with Threads(options.workers) as threads:
+                await crew(options.workers, lambda: self._work(chunks, gatherer.limit, threads))
+        finally:
+            await chunks.aclose()
+
+    async def _work(
+        self, chunks: AsyncGenerator[Chunk, None], capacity: int, threads: Threads
+    ) -> None:
+        buffer = new_buffer(capacity)
+        while True:
+            async with AsyncExitStack() as requests:
+                async with self._taking:
+                    # Entered in the order of tickets: whoever waits for a turn inside a request
+                    # waits for somebody inside a request, never for a drained section to end.
+                    chunk = await anext(chunks, None)
+                    if chunk is None:
+                        return
+                    await self._pace.wait(chunk.length)
+                    ticket, self._ticket = self._ticket, self._ticket + 1
+                    await self._enter(chunk, requests)
+                await self._copy_chunk(chunk, buffer, ticket, threads)
+            self.done += chunk.covered
+            if self._progress is not None:
+                self._progress(self.done)
+
+    async def _enter(self, chunk: Chunk, requests: AsyncExitStack) -> None:
+        await requests.enter_async_context(self.target.request())
+        entered = self.target
+        for segment in chunk.segments:
+            for piece in segment.pieces:
+                if piece.source is not None and piece.source is not entered:
+                    entered = piece.source
+                    await requests.enter_async_context(entered.request())
+
+    async def _copy_chunk(
+        self, chunk: Chunk, buffer: memoryview, ticket: int, threads: Threads
+    ) -> None:
+        await self._read(chunk, buffer, threads)
+        if self.options.in_order:
+            await self._turns.wait(ticket)
+        node = self.target.node
+        node.check_writable()
+        zeros = list(chunk.zeros)
+        if chunk.segments:
+            async with AsyncExitStack() as held:
+                if isinstance(node.driver, FormatDriver) and node.driver.relocates:
+                    start, end = align_down(chunk.start, self.unit), align_up(chunk.end, self.unit)
+                    await held.enter_async_context(node.claims.claim(start, end))
+                await self._write(chunk, buffer, threads)
+            if not self.options.zeros_known:
+                for segment in chunk.segments:
+                    zeros += gaps(segment, self.unit)
+        else:
+            self._turns.passed()
+        for start, end in zeros:
+            try:
+                await io.write_zeroes(node, start, end - start, unmap=True)
+            except BlockError as error:
+                raise located("writing", start, error) from error
+
+    async def _read(self, chunk: Chunk, buffer: memoryview, threads: Threads) -> None:
+        """Fill ``buffer`` with the chunk's segments and find the zeros in it."""
+        loads = await self._reader.prepare(chunk.placed(), buffer)
+        if chunk.segments:
+            await threads.run(self._fill, chunk, loads, buffer)
+
+    def _fill(self, chunk: Chunk, loads: list[Load], buffer: memoryview) -> None:
+        self._reader.fill(loads, buffer)
+        for segment in chunk.segments:
+            view = buffer[segment.at : segment.at + (segment.end - segment.offset)]
+            segment.data = [
+                (segment.offset + start, segment.offset + end)
+                for start, end in data_ranges(view, self.options.sparse_size)
+            ]
+            if self.options.compress:
+                segment.packed = self._pack(segment, view)
+
+    def _pack(self, segment: Segment, view: memoryview) -> dict[int, bytes]:
+        driver = self.target.node.driver
+        assert isinstance(driver, FormatDriver)
+        found: dict[int, bytes] = {}
+        for start, end in spans(segment, self.unit):
+            for offset in range(start, end, self.unit):
+                stop = min(offset + self.unit, end)
+                whole = offset % self.unit == 0 and (
+                    stop - offset == self.unit or stop == driver.size
+                )
+                at = offset - segment.offset
+                packed = driver.pack(view[at : at + (stop - offset)]) if whole else None
+                if packed is not None:
+                    found[offset] = packed
+        return found
+
+    async def _write(self, chunk: Chunk, buffer: memoryview, threads: Threads) -> None:
+        """Allocate in turn, store, commit. The chunk's range is claimed."""
+        node = self.target.node
+        driver = node.driver
+        writer = Writer(node, buffer, zeros_known=self.options.zeros_known)
+        try:
+            for segment in chunk.segments:
+                for start, end in spans(segment, self.unit):
+                    try:
+                        await writer.place(segment, start, end)
+                    except (BlockError, OSError) as error:
+                        raise located("writing", start, error) from error
+            self._turns.passed()
+            stores = await writer.store_on_loop()
+            if stores:
+                await threads.run(store_all, stores)
+            if isinstance(driver, FormatDriver):
+                while writer.pending:
+                    await driver.commit(writer.pending[0])
+                    del writer.pending[0]
+        except BaseException:
+            if isinstance(driver, FormatDriver):
+                for allocation in writer.pending:
+                    await driver.abort(allocation)
+            raise

@@ -1,0 +1,195 @@
+"""Writing segments to a target: places found or made on the loop, bytes moved in a thread.
+
+1. ``place`` allocates whole units and never reads or writes guest data itself, but for what
+   surrounds a unit that the segment covers in part.
+2. What ``place`` allocated is invisible to readers until the caller commits it.
+3. Where the new space or the target is known to read as zeros, zeros are not written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from blocklayer.errors import BlockError
+from blocklayer.graph import io
+from blocklayer.graph.driver import FormatDriver, ProtocolDriver, ThreadSafeIO
+from blocklayer.graph.extent import Allocation, Kind
+from blocklayer.graph.node import Node
+from blocklayer.jobs.plan import Segment
+from blocklayer.jobs.reading import located
+from blocklayer.units import align_down, align_up
+
+Ranges = list[tuple[int, int]]
+
+
+class Store(msgspec.Struct, gc=False):
+    """One write to one place in the target's storage."""
+
+    node: Node
+    host_offset: int
+    view: memoryview
+    offset: int
+    """The guest offset, for messages."""
+    at: int = -1
+    """Where in the chunk's buffer ``view`` is, or -1."""
+
+
+class Writer:
+    """Writes parts of a chunk, whose bytes are in ``buffer``, to ``node``."""
+
+    def __init__(self, node: Node, buffer: memoryview, *, zeros_known: bool) -> None:
+        self.node = node
+        self.stores: list[Store] = []
+        self.pending: list[Allocation] = []
+        self._buffer = buffer
+        self._zeros_known = zeros_known
+
+    async def place(self, segment: Segment, start: int, end: int) -> None:
+        """Find or make the places for ``[start, end)`` of ``segment``."""
+        driver = self.node.driver
+        if isinstance(driver, ProtocolDriver):
+            self._add(self.node, start, segment, start, end)
+            return
+        assert isinstance(driver, FormatDriver)
+        if segment.packed:
+            await self._place_packed(driver, segment, start, end)
+            return
+        await self._place_plain(driver, segment, start, end)
+
+    async def _place_packed(
+        self, driver: FormatDriver, segment: Segment, start: int, end: int
+    ) -> None:
+        unit = driver.allocation_unit
+        while start < end:
+            stop = min(align_down(start, unit) + unit, end)
+            packed = segment.packed.get(start)
+            if packed is None:
+                await self._place_plain(driver, segment, start, stop)
+            else:
+                await driver.write_packed(start, packed)
+            start = stop
+
+    async def _place_plain(
+        self, driver: FormatDriver, segment: Segment, start: int, end: int
+    ) -> None:
+        while start < end:
+            extent = await driver.map(start, end - start)
+            stop = start + min(extent.length, end - start)
+            if not extent.writable:
+                allocation = await driver.allocate(start, stop - start)
+                self.pending.append(allocation)
+                stop = start + allocation.length
+                await self._place_new(allocation, segment)
+            elif extent.kind is Kind.OPAQUE or extent.child is None or extent.host_offset is None:
+                await driver.write_opaque(start, self._view(segment, start, stop))
+            else:
+                wanted = segment.data if self._zeros_known else [(start, stop)]
+                for first, last in clipped(wanted, start, stop):
+                    place = extent.host_offset + (first - start)
+                    self._add(extent.child.node, place, segment, first, last)
+            start = stop
+
+    async def _place_new(self, allocation: Allocation, segment: Segment) -> None:
+        """Fill new space: the data, and around it what the guest reads there now."""
+        child = allocation.child.node
+        start, stop = allocation.offset, allocation.offset + allocation.length
+        place = allocation.host_offset + allocation.head
+        if allocation.head:
+            await self._surround(
+                allocation, start - allocation.head, allocation.head, -allocation.head
+            )
+        if allocation.tail:
+            await self._surround(allocation, stop, allocation.tail, allocation.length)
+        wanted = segment.data if allocation.reads_zero else [(start, stop)]
+        for first, last in clipped(wanted, start, stop):
+            self._add(child, place + (first - start), segment, first, last)
+
+    async def _surround(
+        self, allocation: Allocation, offset: int, length: int, distance: int
+    ) -> None:
+        around = memoryview(await io.read_around(self.node, offset, length))
+        if not (allocation.reads_zero and io.is_zero(around)):
+            place = allocation.host_offset + allocation.head + distance
+            self.stores.append(Store(allocation.child.node, place, around, offset))
+
+    def _view(self, segment: Segment, start: int, end: int) -> memoryview:
+        at = segment.at + (start - segment.offset)
+        return self._buffer[at : at + (end - start)]
+
+    def _add(self, node: Node, host_offset: int, segment: Segment, start: int, end: int) -> None:
+        """Store ``[start, end)`` at ``host_offset``: with the store before, if it goes on there."""
+        at = segment.at + (start - segment.offset)
+        last = self.stores[-1] if self.stores else None
+        if (
+            last is not None
+            and last.node is node
+            and last.at >= 0
+            and last.at + len(last.view) == at
+            and last.host_offset + len(last.view) == host_offset
+        ):
+            last.view = self._buffer[last.at : at + (end - start)]
+            return
+        self.stores.append(Store(node, host_offset, self._view(segment, start, end), start, at))
+
+    async def store_on_loop(self) -> list[tuple[ThreadSafeIO, Store]]:
+        """Carry out the writes that only the loop can; the answer is what is left for a thread."""
+        threaded: list[tuple[ThreadSafeIO, Store]] = []
+        for store in self.stores:
+            driver = store.node.driver
+            direct = driver.thread_safe_io() if isinstance(driver, ProtocolDriver) else None
+            if direct is not None:
+                threaded.append((direct, store))
+                continue
+            try:
+                if isinstance(driver, ProtocolDriver):
+                    await driver.write(store.host_offset, (store.view,))
+                else:
+                    await io.write(store.node, store.host_offset, store.view)
+            except BlockError as error:
+                raise located("writing", store.offset, error, store.node.filename) from error
+        return threaded
+
+
+def store_all(stores: Sequence[tuple[ThreadSafeIO, Store]]) -> None:
+    """In a thread: carry out the writes."""
+    for storage, store in stores:
+        try:
+            storage.write(store.host_offset, store.view)
+        except (BlockError, OSError) as error:
+            raise located("writing", store.offset, error, store.node.filename) from error
+
+
+def spans(segment: Segment, unit: int) -> Ranges:
+    """The data of ``segment``, rounded out to whole units as far as the segment goes."""
+    found: Ranges = []
+    for start, end in segment.data:
+        start = max(align_down(start, unit), segment.offset)
+        end = min(align_up(end, unit), segment.end)
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], end)
+        else:
+            found.append((start, end))
+    return found
+
+
+def gaps(segment: Segment, unit: int) -> Ranges:
+    """What of ``segment`` lies outside its ``spans``: zeros."""
+    found, at = [], segment.offset
+    for start, end in spans(segment, unit):
+        if at < start:
+            found.append((at, start))
+        at = end
+    if at < segment.end:
+        found.append((at, segment.end))
+    return found
+
+
+def clipped(ranges: Ranges, start: int, end: int) -> Ranges:
+    """The parts of ``ranges`` within ``[start, end)``."""
+    return [
+        (max(first, start), min(last, end))
+        for first, last in ranges
+        if first < end and last > start
+    ]
