@@ -81,8 +81,12 @@ def parse_size(text: str, *, default_suffix: str = "B", what: str = "size") -> i
 
 
 def _parse_hex(body: str, text: str, what: str) -> int:
+    digits = body[2:]
+    # int() would also take signs and underscores.
+    if not digits.isalnum():
+        raise UsageError(f"Invalid {what} '{text}': not a hexadecimal number")
     try:
-        return int(body, 16)
+        return int(digits, 16)
     except ValueError:
         raise UsageError(f"Invalid {what} '{text}': not a hexadecimal number") from None
 

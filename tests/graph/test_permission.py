@@ -118,12 +118,28 @@ def test_conflict_deep_below_undoes_every_applied_permission() -> None:
         # Somebody uses the storage directly and lets nobody write to it.
         watcher = Root(storage_of(root.node), "watcher", READ, READ)
         before = state(graph)
-        root.node.flags.read_only = False
+        layers = (root.node, storage_of(root.node))
+        for node in layers:
+            node.flags.read_only = False
         with pytest.raises(LockedError, match="watcher"):
             Root(root.node, "writer", READ | WRITE)
         assert state(graph) == before
-        root.node.flags.read_only = True
+        for node in layers:
+            node.flags.read_only = True
         await watcher.close()
+        await root.close()
+
+    run(main())
+
+
+def test_nobody_writes_to_a_read_only_node() -> None:
+    async def main() -> None:
+        graph = new_graph()
+        root = await open_root(graph, toy_image("a", 4096), writable=False)
+        before = state(graph)
+        with pytest.raises(LockedError, match="is read-only"):
+            Root(root.node, "writer", READ | WRITE)
+        assert state(graph) == before
         await root.close()
 
     run(main())

@@ -33,6 +33,12 @@ class Layered(msgspec.Struct, frozen=True):
         """The files' names, base first."""
         return [f"layer{number}.qcow2" for number in range(len(self.layers))]
 
+    def without(self, kind: str) -> Layered:
+        """The same chain without the requests of one kind."""
+        return Layered(
+            [(shape, [r for r in requests if r.kind != kind]) for shape, requests in self.layers]
+        )
+
 
 @st.composite
 def layered(

@@ -73,6 +73,27 @@ class TestRawWindow(DiskContract):
         return MemoryTarget(driver="raw", offset=1536)
 
 
+class FileTarget:
+    """A file, as a protocol node."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    async def create(self, size: int) -> None:
+        self.path.write_bytes(bytes(size))
+
+    async def open(self, *, writable: bool = True) -> Root:
+        return await take({"driver": "file", "filename": str(self.path)}, writable=writable)
+
+
+class TestFile(DiskContract, ResizeContract):
+    granularity: ClassVar[int] = 512
+
+    @pytest.fixture
+    def target(self, tmpfs: Path) -> FileTarget:
+        return FileTarget(tmpfs / "disk")
+
+
 class Qcow2Target:
     """Files made with the given options of `-o`, over a base image if one is named."""
 

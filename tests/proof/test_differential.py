@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from blocklayer.testing.model import difference
+from blocklayer.api.disk import Disk
+from blocklayer.testing.contract import apply, read_all
+from blocklayer.testing.model import Chain, difference
 from oracles import Oracle
 from proof.chains import (
     Layered,
@@ -129,19 +131,16 @@ def test_we_go_on_where_they_stopped(
     place = emptied(folder)
     qemu_create(qemu_img, place, chain)
     qemu_fill(qemu_io, place, chain)
-    run(our_fill_over(place, chain, qemu_img))
-    qemu_fill(qemu_io, place, chain)
+    run(our_fill_over(place, chain))
+    # QEMU refuses compressed writes to what is allocated.
+    qemu_fill(qemu_io, place, chain.without("compress"))
     for name in chain.names:
         same_check(qemu_img, place / name)
         same_content(qemu_img, place / name, run(our_read(place / name)))
         same_map(qemu_img, place / name)
 
 
-async def our_fill_over(place: Path, chain: Layered, qemu_img: Oracle) -> None:
-    from blocklayer.api.disk import Disk
-    from blocklayer.testing.contract import apply, read_all
-    from blocklayer.testing.model import Chain
-
+async def our_fill_over(place: Path, chain: Layered) -> None:
     for name, (shape, requests) in zip(chain.names, chain.layers, strict=True):
         async with await Disk.open(place / name, format="qcow2", writable=True) as disk:
             model = Chain(shape.size)

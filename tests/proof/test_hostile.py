@@ -18,7 +18,7 @@ from oracles import Oracle
 from proof import hostile, hostile_worker
 
 TIMEOUT_S = 600
-IN_CI = 160
+IN_CI = 80
 """Cases drawn for each base image in CI; `make soak` runs them all, and noise besides."""
 
 BASES = {

@@ -87,7 +87,7 @@ def mapped(path: Path, qemu_img: Oracle) -> list[dict[str, Any]]:
     return runs
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.sampled_from(("0.10", "1.1")), st.booleans(), st.sampled_from((False, True)), requests)
 def test_maps_are_alike(
     qemu_img: Oracle, qemu_io: Oracle, compat: str, backed: bool, keep: bool, steps: list[Any]

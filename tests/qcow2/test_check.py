@@ -110,6 +110,15 @@ def break_it(image: Broken, broken: list[tuple[str, int, int]]) -> None:
     refcount_bits=1,
     snapshot=False,
 )
+# A table whose own refcount cannot be read is left out.
+@example(
+    broken=[("L2", 0, 1 << 30), ("refcount table", 0, 1 << 63)],
+    cluster_size=512,
+    refcount_bits=16,
+    snapshot=False,
+)
+# A refcount past the end of the file, in the byte of one that is not.
+@example(broken=[("refcounts", 4, COPIED)], cluster_size=4096, refcount_bits=2, snapshot=False)
 @settings(
     max_examples=3 * settings.default.max_examples,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

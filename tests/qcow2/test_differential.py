@@ -143,7 +143,7 @@ def spell(geometry: dict[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in geometry.items())
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(geometries, options, st.sampled_from(SIZES), requests, requests)
 def test_alone(
     qemu_img: Oracle,
@@ -168,7 +168,7 @@ def test_alone(
         verify(path, model, qemu_img)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     geometries,
     st.sampled_from((512, 65536)),

@@ -1,4 +1,4 @@
-"""Header states: dirty, corrupt, autoclear, unsupported; and errors at open that must stay errors."""
+"""Header states (dirty, corrupt, autoclear, unsupported), and errors that must stay errors."""
 
 from __future__ import annotations
 

@@ -57,6 +57,7 @@ class Disk:
         discard: str = "unmap",
         detect_zeroes: str = "off",
         repair: bool = False,
+        one_pass: bool = False,
         policy: Policy | None = None,
         graph: Graph | None = None,
     ) -> Disk:
@@ -64,7 +65,8 @@ class Disk:
 
         ``backing`` False leaves the backing chain closed. ``force_share`` reads an image that
         another process writes. ``cache`` is a name from ``CACHE_MODES``. ``repair`` lets an image
-        that is marked dirty or corrupt in as it is, to be checked. Raises BlockError.
+        that is marked dirty or corrupt in as it is, to be checked. ``one_pass`` keeps caches small,
+        for who goes through the disk once. Raises BlockError.
         """
         if cache not in CACHE_MODES:
             raise UsageError(f"Invalid cache mode '{cache}': use one of {', '.join(CACHE_MODES)}")
@@ -77,6 +79,7 @@ class Disk:
             discard_unmap=discard == "unmap",
             detect_zeroes=detect_zeroes,
             repair=repair,
+            one_pass=one_pass,
         )
         where = graph or Graph(REGISTRY, policy)
         source = image if isinstance(image, (str, Mapping)) else os.fspath(image)

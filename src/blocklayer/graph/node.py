@@ -37,11 +37,18 @@ class Flags(msgspec.Struct, kw_only=True):
     detect_zeroes: str = "off"
     repair: bool = False
     """Opened to be checked or repaired: an image that is marked dirty or corrupt is let in as it is."""
+    one_pass: bool = False
+    """Every place will be visited once, in order: caches beyond a little are a waste of memory."""
 
     def inherited(self, role: Role) -> Flags:
         """What a child in ``role`` has where its own options are silent."""
         if role is Role.BACKING:
-            return Flags(direct=self.direct, no_flush=self.no_flush, force_share=self.force_share)
+            return Flags(
+                direct=self.direct,
+                no_flush=self.no_flush,
+                force_share=self.force_share,
+                one_pass=self.one_pass,
+            )
         return Flags(
             read_only=self.read_only,
             auto_read_only=self.auto_read_only,
@@ -50,6 +57,7 @@ class Flags(msgspec.Struct, kw_only=True):
             force_share=self.force_share,
             # What may be discarded is decided above; below, it is done.
             discard_unmap=True,
+            one_pass=self.one_pass,
         )
 
 

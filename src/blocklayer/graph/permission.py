@@ -94,8 +94,10 @@ def _propagate(
 
 
 def check_conflicts(node: Node) -> None:
-    """Raise LockedError if two parents of ``node`` do not fit together."""
+    """Raise LockedError if two parents of ``node`` do not fit together, or one cannot have its way."""
     for one in node.parents:
+        if one.taken & (Permission.WRITE | Permission.RESIZE) and node.flags.read_only:
+            raise LockedError(f"Block node '{node.name}' is read-only")
         for other in node.parents:
             conflict = one.taken & ~other.shared
             if one is not other and conflict:

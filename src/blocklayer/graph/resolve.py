@@ -83,7 +83,9 @@ async def _settle(
         home = None if place is None else storage
         return Run(offset, length, kind, layer, depth, home, place)
     if isinstance(storage.driver, ProtocolDriver):
-        if holes and extent.recurse and place < storage.size:
+        if holes and extent.recurse and place >= storage.size:
+            kind = Kind.ZERO
+        elif holes and extent.recurse:
             below = await storage.driver.map(place, min(length, storage.size - place))
             kind, length = below.kind, min(length, below.length)
         inner = Run(place, length, kind, storage, 0, storage, place)

@@ -5,7 +5,9 @@ others, or *in place*, driven by ``run`` for a synchronous caller who has nothin
 blocking call would stop everybody in the first case and nobody in the second.
 
 1. ``offload`` never blocks a loop that runs tasks; in place it just calls.
-2. ``run`` gives a coroutine that does suspend a real loop to finish on.
+2. What runs in a thread has ended when its caller goes on, even if that was cancelled: buffers, files
+   and the space written to may then be given up.
+3. ``run`` gives a coroutine that does suspend a real loop to finish on.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any, ParamSpec, TypeVar
+from concurrent.futures import Executor
+from typing import Any, TypeVar, TypeVarTuple
 
 T = TypeVar("T")
-P = ParamSpec("P")
+Ts = TypeVarTuple("Ts")
 
 _place = threading.local()
 
@@ -26,11 +29,28 @@ def in_place() -> bool:
     return getattr(_place, "active", False)
 
 
-async def offload(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+async def offload(function: Callable[[*Ts], T], *args: *Ts) -> T:
     """``function(*args)``, which may block: in a thread if the loop has other tasks to serve."""
     if in_place():
-        return function(*args, **kwargs)
-    return await asyncio.to_thread(function, *args, **kwargs)
+        return function(*args)
+    return await in_thread(None, function, *args)
+
+
+async def in_thread(pool: Executor | None, function: Callable[[*Ts], T], *args: *Ts) -> T:
+    """``function(*args)`` in a thread of ``pool`` (None: the loop's own)."""
+    future = asyncio.get_running_loop().run_in_executor(pool, function, *args)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        while not future.done():
+            try:
+                await asyncio.wait([future])
+            except asyncio.CancelledError:
+                continue
+        if not future.cancelled():
+            # Its error matters no more, but asyncio wants somebody to have looked at it.
+            future.exception()
+        raise
 
 
 class _Resumed:

@@ -1,7 +1,6 @@
 """Threads and workers for bulk work, which have always ended when their user goes on.
 
-1. ``Threads.run`` returns or raises only after the function has ended, even when the task is
-   cancelled: buffers and files may then be given up.
+1. Neither ``Threads.run`` nor the pool's end leaves a function running (``graph.waiting``).
 2. ``crew`` ends when all workers have ended; the first error stops the others.
 """
 
@@ -11,10 +10,12 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
+
+from blocklayer.graph.waiting import in_thread
 
 T = TypeVar("T")
-P = ParamSpec("P")
+Ts = TypeVarTuple("Ts")
 
 
 class Threads:
@@ -34,18 +35,9 @@ class Threads:
     ) -> None:
         self._pool.shutdown()
 
-    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
         """``function(*args)`` in a thread."""
-        assert not kwargs, "an executor passes on positional arguments only"
-        future = asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await asyncio.wait([future])
-            if not future.cancelled():
-                # Its error matters no more, but asyncio wants somebody to have looked at it.
-                future.exception()
-            raise
+        return await in_thread(self._pool, function, *args)
 
 
 async def crew(count: int, work: Callable[[], Coroutine[Any, Any, None]]) -> None:

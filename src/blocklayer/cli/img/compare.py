@@ -80,6 +80,7 @@ class Compare(Command):
             image_opts=self.image_opts,
             force_share=self.force_share,
             cache=self.cache,
+            one_pass=True,
         )
 
     async def _compare(self, one: Disk, other: Disk) -> int:

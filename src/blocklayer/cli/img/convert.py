@@ -132,6 +132,7 @@ class Convert(Command):
             image_opts=self.image_opts,
             force_share=self.force_share,
             cache=self.source_cache,
+            one_pass=True,
             graph=graph,
         )
 

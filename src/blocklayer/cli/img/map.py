@@ -50,6 +50,7 @@ class Map(Command):
             format=self.format,
             image_opts=self.image_opts,
             force_share=self.force_share,
+            one_pass=True,
         )
         try:
             length = max(0, disk.size - start)

@@ -181,9 +181,12 @@ class Comparison:
         """The differences between packed refcounts and what was counted from ``cluster`` on."""
         image, geometry = self.image, self.image.geometry
         for one, refcount in enumerate(decode_block(raw, geometry.refcount_order), cluster):
+            # Narrow entries come in whole bytes, the last of which may reach too far.
+            if one == end:
+                break
             reference = min(image.recount.get(one), geometry.refcount_max)
             self._reaches(one + 1, bool(refcount or reference))
-            if refcount != reference and one < end:
+            if refcount != reference:
                 yield one, refcount, reference
 
     def _spans(self, span: int, end: int) -> list[int]:
@@ -221,7 +224,6 @@ class Comparison:
     async def _raw(self, cluster: int, count: int) -> bytes | None:
         """Packed refcounts, None if they cannot be read (which is noted)."""
         bits = self.image.geometry.refcount_bits
-        # Entries narrower than a byte come in whole bytes.
         length = -(-count * bits // 8)
         try:
             raw = await self.stored.part(cluster, length * 8 // bits)

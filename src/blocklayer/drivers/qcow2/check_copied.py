@@ -42,6 +42,8 @@ async def check_copied(image: CheckedImage, stored: StoredRefcounts, *, fix: boo
             if not table_offset:
                 continue
             right = await _flagged(image, stored, entry)
+            if right is None:
+                continue
             if right != entry:
                 refcount = await stored.get(table_offset >> image.geometry.cluster_bits)
                 _report(
@@ -72,7 +74,7 @@ async def _check_table(
         if not entry & OFFSET_MASK or entry & COMPRESSED:
             continue
         right = await _flagged(image, stored, entry)
-        if right != entry:
+        if right is not None and right != entry:
             refcount = await stored.get((entry & OFFSET_MASK) >> geometry.cluster_bits)
             _report(
                 image, f"OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={refcount}", fix
@@ -83,12 +85,12 @@ async def _check_table(
         await image.write(offset, store_table(table))
 
 
-async def _flagged(image: CheckedImage, stored: StoredRefcounts, entry: int) -> int:
-    """The entry with the flag as it should be; as it is, if the refcount cannot be read."""
+async def _flagged(image: CheckedImage, stored: StoredRefcounts, entry: int) -> int | None:
+    """The entry with the flag as it should be, None if the refcount cannot be read."""
     try:
         refcount = await stored.get((entry & OFFSET_MASK) >> image.geometry.cluster_bits)
     except BlockError:
-        return entry
+        return None
     return entry | COPIED if refcount == 1 else entry & ~COPIED
 
 

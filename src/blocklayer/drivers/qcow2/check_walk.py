@@ -37,7 +37,7 @@ from blocklayer.drivers.qcow2.recount import COPIED_REFERENCE, SHARED_REFERENCE
 from blocklayer.errors import BlockError, CorruptionError, FormatError
 from blocklayer.units import GIB, KIB, MIB
 
-_READ_SIZE: Final = MIB
+_READ_SIZE: Final = MIB // 2
 _L1_CHUNK: Final = 64 * KIB
 _SPARE_TABLES_SIZE: Final = GIB
 _PIECE_ENTRIES: Final = 64
@@ -80,6 +80,7 @@ class Walk:
         self._tables_left = image.file_clusters * (1 + image.header.nb_snapshots)
         self._tables_left += _SPARE_TABLES_SIZE >> geometry.cluster_bits
         self._zeros = bytes(geometry.cluster_size)
+        self._buffer = memoryview(bytearray(max(_READ_SIZE, geometry.cluster_size)))
 
     async def run(self, stored: StoredRefcounts) -> None:
         """Count everything."""
@@ -140,10 +141,11 @@ class Walk:
                 and l1_entries[stop] & OFFSET_MASK == offset + (stop - start) * cluster_size
             ):
                 stop += 1
-            data = bytes(await image.storage.read(offset, (stop - start) * cluster_size))
+            data = self._buffer[: (stop - start) * cluster_size]
+            await image.storage.read_into(offset, data)
             for index, entry in enumerate(l1_entries[start:stop]):
                 self._refer_table(entry)
-                table = data[index * cluster_size : (index + 1) * cluster_size]
+                table = bytes(data[index * cluster_size : (index + 1) * cluster_size])
                 await self._count_table(table, offset + index * cluster_size)
             start = stop
 

@@ -20,6 +20,7 @@ from blocklayer.graph.options import NodeOptions, Reference, Size
 from blocklayer.units import MIB, div_up, is_power_of_two
 
 _DEFAULT_L2_CACHE_SIZE: Final = 32 * MIB
+_ONE_PASS_L2_CACHE_SIZE: Final = MIB
 _DEFAULT_CLEAN_INTERVAL_S: Final = 600
 _DEFAULT_ENTRY_SIZE: Final = 4096
 _MIN_ENTRY_SIZE: Final = 512
@@ -75,7 +76,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if options.discard_no_unref and header.version < 3:
             raise UsageError("discard-no-unref is only supported since qcow2 version 3")
         slice_size = _slice_size(options, geometry)
-        l2_size, refcount_size = _cache_sizes(options, header, geometry, slice_size)
+        default = _ONE_PASS_L2_CACHE_SIZE if flags.one_pass else _DEFAULT_L2_CACHE_SIZE
+        l2_size, refcount_size = _cache_sizes(options, header, geometry, slice_size, default)
         request = options.pass_discard_request
         interval = options.cache_clean_interval
         return cls(
@@ -105,7 +107,11 @@ def _slice_size(options: Qcow2Options, geometry: Geometry) -> int:
 
 
 def _cache_sizes(
-    options: Qcow2Options, header: ImageHeader, geometry: Geometry, slice_size: int
+    options: Qcow2Options,
+    header: ImageHeader,
+    geometry: Geometry,
+    slice_size: int,
+    default_l2_size: int,
 ) -> tuple[int, int]:
     """Bytes for L2 slices and for refcount blocks."""
     total, l2, refcount = options.cache_size, options.l2_cache_size, options.refcount_cache_size
@@ -114,7 +120,7 @@ def _cache_sizes(
     useful = max(div_up(tables, slice_size) * slice_size, _MIN_L2_ENTRIES * slice_size)
     least = _MIN_REFCOUNT_CLUSTERS * geometry.cluster_size
     if total is UNSET:
-        l2_size = min(useful, _DEFAULT_L2_CACHE_SIZE if l2 is UNSET else l2)
+        l2_size = min(useful, default_l2_size if l2 is UNSET else l2)
         return l2_size, least if refcount is UNSET else refcount
     if l2 is not UNSET and refcount is not UNSET:
         raise UsageError(

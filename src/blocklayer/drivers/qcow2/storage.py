@@ -34,13 +34,18 @@ class Storage:
     async def read(self, offset: int, length: int) -> bytearray:
         """``length`` bytes from ``offset``."""
         data = bytearray(length)
+        await self.read_into(offset, memoryview(data))
+        return data
+
+    async def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset``."""
         node = self.node
-        view = memoryview(data)
         if not isinstance(node.driver, ProtocolDriver):
-            view = view[: max(0, min(length, node.size - offset))]
+            present = max(0, min(len(view), node.size - offset))
+            view[present:] = io.zeros(len(view) - present)
+            view = view[:present]
         if view:
             await io.read_into(node, offset, view)
-        return data
 
     async def write(self, offset: int, *buffers: Buffer) -> None:
         """Store ``buffers``, one after the other."""
