@@ -1,1 +1,1 @@
-"""Speed, as ratios: our program and the peer it is measured against, run in turns on one machine."""
+"""Speed, as ratios: our program and the peer that it is measured against, run in turns."""

@@ -38,7 +38,7 @@ def full(folder: Path, size: int) -> None:
 
 
 def sparse(folder: Path, size: int) -> None:
-    """``sparse.*``: a tenth is data, in runs of 64 KiB to 4 MiB, on a disk of ten times the size."""
+    """``sparse.*``: a tenth is data, in runs of 64 KiB to 4 MiB, all over the disk."""
     if (folder / "sparse.qcow2").exists():
         return
     pick = random.Random(1)
@@ -93,7 +93,7 @@ def scattered(folder: Path) -> None:
 
 
 def chain(folder: Path, size: int) -> None:
-    """``layer1.qcow2`` … ``layer30.qcow2``: each over the one before, with a thirtieth of the data."""
+    """``layer1.qcow2`` … ``layer30.qcow2``: each over the one before, with 1 MiB in every 30."""
     if (folder / f"layer{CHAIN_DEPTH}.qcow2").exists():
         return
     for depth in range(1, CHAIN_DEPTH + 1):

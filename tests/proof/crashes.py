@@ -86,6 +86,8 @@ class Bench:
         self.disk = disk
         self.root = root
         self.options = options
+        self.unit = 512
+        """What the disk stores whole; 1 where several writes to one sector are lost singly."""
         self.model = Chain(len(content))
         self.model.write(0, content)
         self.versions = Versions(content)
@@ -148,7 +150,7 @@ class Bench:
 
     def explain(self, position: int, content: bytes) -> str | None:
         """Why `content` must not be found after so many requests, or None."""
-        return self.allowed(position).explain(content)
+        return self.allowed(position).explain(content, self.unit)
 
 
 def moments(disk: CrashingDisk) -> Iterator[State]:

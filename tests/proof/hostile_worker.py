@@ -13,6 +13,7 @@ allocation that an image talks us into is a fault and not a frozen machine.
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import json
 import os
@@ -79,6 +80,8 @@ class Case:
             self.faults.append(f"{name}: {traceback.format_exc()}")
         finally:
             signal.alarm(0)
+            # What an earlier image left in cycles is not this one's doing.
+            gc.collect()
 
     async def _await(self, action: Callable[[], Awaitable[Any]]) -> None:
         await action()

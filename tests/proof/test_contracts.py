@@ -15,6 +15,8 @@ from blocklayer.graph.open import open_image
 from blocklayer.graph.permission import Permission
 from blocklayer.graph.root import Root
 from blocklayer.testing.contract import DiskContract, FormatContract, ResizeContract
+from proof.crashes import new_image, raw_disk
+from proof.crashes import take as open_crashing
 
 
 async def take(image: str | dict[str, Any], *, writable: bool, **arguments: Any) -> Root:
@@ -176,3 +178,42 @@ class TestQcow2OverZeros(TestQcow2):
         target.base = tmpfs / "base.raw"
         target.base.write_bytes(bytes(20 * 512 + 512))
         return target
+
+
+class InterleavingTarget:
+    """A disk whose every request lets others run first: whatever can race, does."""
+
+    def __init__(self, opening: dict[str, Any], *, overlay: bool = False, **options: Any) -> None:
+        self.opening = opening
+        self.overlay = overlay
+        self.options = options
+
+    async def create(self, size: int) -> None:
+        self.base = None
+        if self.overlay:
+            self.base = raw_disk(bytes(size // 2 // 512 * 512 + 512))
+        self.disk = await new_image(size, base=self.base, **self.options)
+        self.disk.concurrent = True
+
+    async def open(self, *, writable: bool = True) -> Root:
+        return await open_crashing(self.disk, writable=writable, **self.opening)
+
+
+class TestQcow2Interleaved(TestQcow2):
+    @pytest.fixture
+    def target(self) -> InterleavingTarget:
+        return InterleavingTarget({})
+
+
+class TestQcow2InterleavedOverlay(TestQcow2):
+    @pytest.fixture
+    def target(self) -> InterleavingTarget:
+        return InterleavingTarget(LITTLE_CACHE, overlay=True)
+
+
+class TestQcow2InterleavedLargerClusters(TestQcow2):
+    cluster_size: ClassVar[int] = 2048
+
+    @pytest.fixture
+    def target(self) -> InterleavingTarget:
+        return InterleavingTarget({}, overlay=True, cluster_size=2048, refcount_bits=1)

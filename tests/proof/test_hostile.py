@@ -5,7 +5,9 @@ The work is done in a process with limits of its own (`hostile_worker`), many im
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import random
 import subprocess
 import sys
@@ -14,6 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from blocklayer.api.disk import Disk
+from blocklayer.errors import BlockError
+from blocklayer.graph.gate import Policy
 from oracles import Oracle
 from proof import hostile, hostile_worker
 
@@ -95,3 +100,73 @@ def test_all_tampered_images(qemu_img: Oracle, qemu_io: Oracle, tmpfs: Path, bas
     image = base_image(qemu_img, qemu_io, tmpfs, base)
     faults = examine(tmpfs, [*hostile.all_cases(image), *hostile.noise(image, 2, 3000)])
     assert not faults, report(faults)
+
+
+SECRET = "/etc/passwd"
+NAMES = [
+    SECRET,
+    f"file:{SECRET}",
+    "../" * 40 + SECRET[1:],
+    "inside/../../../../../../../../../../.." + SECRET,
+    "link",
+    'json:{"driver":"raw","file":{"driver":"file","filename":"/etc/passwd"}}',
+    'json:{"driver":"raw","file.driver":"file","file.filename":"/etc/passwd"}',
+    'json:{"file":{"driver":"raw","file":{"driver":"host_device","filename":"/etc/passwd"}}}',
+    'json:{"driver":"qcow2","file":"#block001"}',
+    'json:{"driver":5,"file":[]}',
+    'json:{"file":7}',
+    "json:" + "[" * 900,
+    "json:" + '{"file":' * 120,
+    "json:" + '{"file":' * 60 + '"x"' + "}" * 60,
+    "nbd://127.0.0.1:1/disk",
+    "unknown:thing",
+    "a\nb",
+    "x" * 1000,
+    "/dev/stdin",
+    "/proc/self/mem",
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+@pytest.mark.parametrize("backing_format", ["raw", "qcow2"])
+def test_names_in_images(
+    qemu_img: Oracle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    backing_format: str,
+) -> None:
+    """Where the policy forbids it, what an image names is not opened; all errors are ours."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "link").symlink_to(SECRET)
+    image = folder / "image.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, "64k")
+    qemu_img("rebase", "-u", "-f", "qcow2", "-F", backing_format, "-b", name, image)
+    opened: list[str] = []
+    plain = os.open
+
+    def noting(path: str, *arguments: int, **options: int) -> int:
+        opened.append(os.path.realpath(path))
+        return plain(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", noting)
+    for policy in (Policy(references=False), Policy(allow=(str(folder),)), Policy(probe=False)):
+        strict = policy.probe
+        opened.clear()
+        try:
+            asyncio.run(read_and_close(image, policy))
+        except BlockError as error:
+            said = str(error)
+        else:
+            said = "opened"
+            assert not strict, "the policy forbids it"
+        assert said
+        assert len(said) < 4000
+        if strict:
+            assert set(opened) <= {str(image)}
+
+
+async def read_and_close(image: Path, policy: Policy) -> None:
+    async with await Disk.open(image, format="qcow2", policy=policy) as disk:
+        await disk.read(0, 4096)

@@ -362,6 +362,7 @@ async def random_failures(seed: int, states: int) -> None:
     disk = await new_image(rng.randrange(20, 160) * 512, base=base, **shape)
     opening = rng.choice(({}, LITTLE_CACHE))
     bench = await record(random_workload(seed), disk, **opening)
+    bench.unit = 1
     for number in range(states):
         position = rng.randint(0, disk.position)
         await survive(bench, disk.random_states(1, seed * 1000 + number, position))

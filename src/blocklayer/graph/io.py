@@ -30,8 +30,11 @@ _zeros = [bytes(64 * 1024)]
 
 def zeros(length: int) -> memoryview:
     """``length`` zero bytes, shared: never write to them."""
+    if length > _ZERO_CHUNK:
+        # Not kept: one huge request would hold its size in memory for good.
+        return memoryview(bytes(length))
     if len(_zeros[0]) < length:
-        _zeros[0] = bytes(max(length, _ZERO_CHUNK))
+        _zeros[0] = bytes(_ZERO_CHUNK)
     return memoryview(_zeros[0])[:length]
 
 

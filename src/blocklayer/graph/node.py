@@ -80,6 +80,8 @@ class Node:
         self.runs: list[Run] = []
         """Resolved runs of generation ``runs_generation``; owned by ``graph.resolve``."""
         self.runs_generation = -1
+        self.gap: tuple[int, int, int, Node] = (-1, 0, 0, self)
+        """Generation, start and end of a run that the node below shows; owned by ``resolve``."""
         self.claims = Claims()
         self.probed = False
         """The format was guessed, not told: the guard on sector 0 applies to raw."""

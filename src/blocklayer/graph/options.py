@@ -11,6 +11,7 @@ as dotted keys (``file.filename=a.raw``). All three end here.
 
 from __future__ import annotations
 
+import functools
 import json
 import types
 import typing
@@ -73,15 +74,25 @@ _FALSE = frozenset(("off", "no", "false", "n"))
 
 def decode(cls: type[Options], values: Mapping[str, Any], what: str = "Parameter") -> Options:
     """``values`` as a ``cls``; raises UsageError naming the member that does not fit."""
-    known = {field.encode_name: field for field in msgspec.structs.fields(cls)}
     for name in values:
-        if name not in known:
+        if name not in cls.__struct_encode_fields__:
             raise UsageError(f"{what} '{name}' is unexpected")
+    try:
+        return msgspec.convert(values, cls)
+    except msgspec.ValidationError:
+        # Text in place of a number or a switch, or a mistake. Only now are the types looked at:
+        # evaluating the annotations of a class takes longer than opening an image.
+        known = _fields(cls)
     ready = {name: _from_text(known[name].type, value, name) for name, value in values.items()}
     try:
         return msgspec.convert(ready, cls)
     except msgspec.ValidationError as error:
         raise UsageError(_explain(error, ready, known, what)) from None
+
+
+@functools.cache
+def _fields(cls: type[msgspec.Struct]) -> dict[str, msgspec.structs.FieldInfo]:
+    return {field.encode_name: field for field in msgspec.structs.fields(cls)}
 
 
 def _explain(
@@ -100,7 +111,7 @@ def _explain(
 def _from_text(kind: Any, value: Any, name: str) -> Any:
     """Read a text value by its declared type; everything else is left to validation."""
     if isinstance(value, Mapping) and isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-        inner = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+        inner = {name: field.type for name, field in _fields(kind).items()}
         return {
             key: _from_text(inner[key], item, f"{name}.{key}") if key in inner else item
             for key, item in value.items()

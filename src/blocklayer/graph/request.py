@@ -16,21 +16,22 @@ from types import TracebackType
 class Claim:
     """An exclusive hold on ``[start, end)``; use with ``async with``."""
 
-    __slots__ = ("_claims", "_waiters", "end", "start")
+    __slots__ = ("_claims", "_waiters", "end", "released", "start")
 
     def __init__(self, claims: Claims, start: int, end: int) -> None:
         self._claims = claims
         self._waiters: list[asyncio.Future[None]] = []
         self.start = start
         self.end = end
+        self.released = False
 
     async def __aenter__(self) -> Claim:
         earlier = [held for held in self._claims.held if self.meets(held)]
         self._claims.held.append(self)
         try:
-            for held in earlier:
-                # A claim may have gone while we waited for another.
-                if held in self._claims.held:
+            # The latest first: when it goes, most of those that it waited for are gone as well.
+            for held in reversed(earlier):
+                if not held.released:
                     await held.gone()
         except BaseException:
             self._release()
@@ -56,6 +57,7 @@ class Claim:
         await waiter
 
     def _release(self) -> None:
+        self.released = True
         self._claims.held.remove(self)
         for waiter in self._waiters:
             if not waiter.done():

@@ -4,7 +4,8 @@
    loop. It never asks a protocol node about holes: a read of a hole gives zeros anyway.
 2. What it found is kept per node until the node's ``generation`` moves, so that reading on through
    a deep chain costs what reading through one layer costs. Dropping it changes nothing but speed.
-3. ``status`` also asks protocol nodes for holes where the driver says that they know better.
+3. A layer that has nothing in a range is not asked again within it: see ``Node.gap``.
+4. ``status`` also asks protocol nodes for holes where the driver says that they know better.
 """
 
 from __future__ import annotations
@@ -60,14 +61,20 @@ async def _walk(node: Node, offset: int, length: int, holes: bool = False) -> Ru
     """Follow ``offset`` from ``node`` down to where its bytes end."""
     layer, depth = node, 0
     while True:
-        extent = await layer.driver.map(offset, length)
-        length = min(length, extent.length)
-        if extent.kind is not Kind.UNALLOCATED:
-            return await _settle(layer, depth, extent, offset, length, holes)
-        below = layer.backing
-        if below is None or offset >= below.size:
-            return Run(offset, length, Kind.ZERO, layer, depth, present=False)
-        length = min(length, below.size - offset)
+        generation, start, end, below = layer.gap
+        if generation != layer.generation or not start <= offset < end:
+            generation = layer.generation
+            extent = await layer.driver.map(offset, length)
+            length = min(length, extent.length)
+            if extent.kind is not Kind.UNALLOCATED:
+                return await _settle(layer, depth, extent, offset, length, holes)
+            lower = layer.backing
+            if lower is None or offset >= lower.size:
+                return Run(offset, length, Kind.ZERO, layer, depth, present=False)
+            below, end = lower, min(offset + extent.length, lower.size)
+            # It need not be asked again for each run of the layers below.
+            layer.gap = (generation, offset, end, below)
+        length = min(length, end - offset)
         layer, depth = below, depth + 1
 
 

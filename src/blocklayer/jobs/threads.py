@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -19,10 +20,11 @@ Ts = TypeVarTuple("Ts")
 
 
 class Threads:
-    """A pool of ``count`` threads; use with ``with``."""
+    """A pool for ``users`` that each wait for one function at a time; use with ``with``."""
 
-    def __init__(self, count: int) -> None:
-        self._pool = ThreadPoolExecutor(count)
+    def __init__(self, users: int) -> None:
+        # More threads than cores only get in each other's way; one more may wait for a disk.
+        self._pool = ThreadPoolExecutor(min(users, (os.cpu_count() or 1) + 1))
 
     def __enter__(self) -> Threads:
         return self

@@ -95,7 +95,7 @@ def cluster_sizes(*, large: bool = True) -> st.SearchStrategy[int]:
     small = st.sampled_from(_SMALL_CLUSTERS)
     if not large:
         return small
-    return st.one_of(small, small, small, st.sampled_from(_LARGE_CLUSTERS))
+    return st.one_of(*[small] * 5, st.sampled_from(_LARGE_CLUSTERS))
 
 
 @st.composite

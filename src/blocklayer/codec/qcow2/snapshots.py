@@ -38,6 +38,9 @@ MAX_EXTRA_DATA_SIZE: Final = 1024
 _MAX_STRING_SIZE: Final = 0xFFFF
 _ICOUNT_DISABLED: Final = (1 << 64) - 1
 
+_SHOWN_MAX: Final = 60
+"""Characters of a name that a message quotes; an image may hold 64 KiB of them."""
+
 
 class _FixedFields(Record, byte_order=">"):
     l1_table_offset: U64
@@ -180,9 +183,15 @@ def table_size_bound(count: int) -> int:
     return min(count * entry, MAX_TABLE_SIZE)
 
 
+def _shown(name: str) -> str:
+    """A name from an image, fit for a message: no control characters, and not endless."""
+    cut = name if len(name) <= _SHOWN_MAX else name[:_SHOWN_MAX] + "…"
+    return cut if cut.isprintable() else repr(cut)[1:-1]
+
+
 def validate_snapshot(snapshot: Snapshot, geometry: Geometry) -> None:
     """FormatError unless the entry's L1 table could be loaded."""
-    where = f"snapshot '{snapshot.id}' ({snapshot.name}): "
+    where = f"snapshot '{_shown(snapshot.id)}' ({_shown(snapshot.name)}): "
     if snapshot.l1_size * 8 > MAX_L1_TABLE_SIZE:
         raise FormatError(f"{where}L1 table of {snapshot.l1_size} entries is too large")
     if snapshot.l1_table_offset & geometry.cluster_mask:
