@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
@@ -339,11 +340,18 @@ class Qcow2Driver(FormatDriver):
 
     async def flush(self) -> None:
         """Write back metadata and make everything durable, in order."""
+        await self._write_back(flushing.flush)
+
+    async def settle(self) -> None:
+        """Like ``flush``, and the file's refcounts are right even if they are lazy."""
+        await self._write_back(flushing.settle)
+
+    async def _write_back(self, write: Callable[[Image], Awaitable[None]]) -> None:
         if self.node.flags.read_only:
             return
         try:
             async with self.image.lock:
-                await flushing.flush(self.image)
+                await write(self.image)
         except CorruptionError as error:
             raise await self._signal(error) from None
 

@@ -56,16 +56,26 @@ async def write_refcounts(image: Image) -> None:
         await refcounts.write_table()
 
 
+async def settle(image: Image) -> None:
+    """Everything, with the refcounts that were left out, all of it durable."""
+    await flush(image)
+    await _settle_refcounts(image)
+
+
 async def write_all(image: Image) -> None:
-    """For a close: everything, with the refcounts that were left out, all of it durable."""
+    """For a close: like ``settle``, and nothing that was given up is kept."""
     await flush(image)
     # Nobody is left who could use what was given up.
     await image.frees.apply(force=True)
+    await _settle_refcounts(image)
+    if image.trim:
+        await _trim(image)
+
+
+async def _settle_refcounts(image: Image) -> None:
     if image.refcounts.dirty:
         await write_refcounts(image)
     await image.barrier()
-    if image.trim:
-        await _trim(image)
 
 
 async def _trim(image: Image) -> None:

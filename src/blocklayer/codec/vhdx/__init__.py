@@ -1,0 +1,1 @@
+"""VHDX: `structure` (headers, regions, metadata, block words) and `log` (its entries)."""

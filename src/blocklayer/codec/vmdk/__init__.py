@@ -1,0 +1,1 @@
+"""VMDK: `descriptor` (what makes extents a disk), `sparse` (extents with grains), `stream`."""

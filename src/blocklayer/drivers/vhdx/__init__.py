@@ -1,0 +1,1 @@
+"""VHDX: `driver`, its `log` of metadata changes, and `create`."""

@@ -1,0 +1,1 @@
+"""VMDK: `driver` (the disk), `extents` (its parts), `compressed` (grains of streams), `create`."""
