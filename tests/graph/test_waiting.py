@@ -73,6 +73,23 @@ def test_the_synchronous_api_is_refused_inside_its_own_requests() -> None:
         loop.close()
 
 
+def test_a_caller_inside_a_loop_of_its_own_is_served() -> None:
+    async def sleeper() -> str:
+        await asyncio.sleep(0)
+        return "done"
+
+    async def main() -> str:
+        loop = asyncio.new_event_loop()
+        try:
+            found = waiting.run(sleeper(), loop)
+        finally:
+            loop.close()
+        await asyncio.sleep(0)
+        return found
+
+    assert asyncio.run(main()) == "done"
+
+
 def test_a_cancelled_caller_waits_for_its_thread() -> None:
     began, go_on, ended = threading.Event(), threading.Event(), threading.Event()
 

@@ -58,6 +58,8 @@ def test_lazy_refcounts_mark_the_image_dirty_until_a_clean_close(
             await root.flush()
             assert features(image)[0] == 1
             dirty = image.read_bytes()
+            found = await driver_of(root).check(frozenset())
+            assert (found.corruptions, found.leaks) == (0, 0)
         assert features(image)[0] == 0
         image.with_name("dirty.qcow2").write_bytes(dirty)
 

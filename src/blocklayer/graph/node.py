@@ -36,7 +36,7 @@ class Flags(msgspec.Struct, kw_only=True):
     discard_unmap: bool = False
     detect_zeroes: str = "off"
     repair: bool = False
-    """Opened to be checked or repaired: an image that is marked dirty or corrupt is let in as it is."""
+    """Opened to be checked or repaired: one that is marked dirty or corrupt is let in as it is."""
     one_pass: bool = False
     """Every place will be visited once, in order: caches beyond a little are a waste of memory."""
 

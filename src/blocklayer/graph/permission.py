@@ -94,7 +94,7 @@ def _propagate(
 
 
 def check_conflicts(node: Node) -> None:
-    """Raise LockedError if two parents of ``node`` do not fit together, or one cannot have its way."""
+    """Raise LockedError if ``node``'s parents do not fit together or cannot have their way."""
     for one in node.parents:
         if one.taken & (Permission.WRITE | Permission.RESIZE) and node.flags.read_only:
             raise LockedError(f"Block node '{node.name}' is read-only")

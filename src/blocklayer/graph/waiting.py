@@ -5,8 +5,8 @@ others, or *in place*, driven by ``run`` for a synchronous caller who has nothin
 blocking call would stop everybody in the first case and nobody in the second.
 
 1. ``offload`` never blocks a loop that runs tasks; in place it just calls.
-2. What runs in a thread has ended when its caller goes on, even if that was cancelled: buffers, files
-   and the space written to may then be given up.
+2. What runs in a thread has ended when its caller goes on, even if that was cancelled: buffers,
+   files and the space written to may then be given up.
 3. ``run`` gives a coroutine that does suspend a real loop to finish on.
 """
 
@@ -87,6 +87,9 @@ def run(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T
     """Drive ``coroutine`` to its end for a synchronous caller; ``loop`` is used if it suspends."""
     if in_place():
         raise RuntimeError("the synchronous API was called from inside one of its own requests")
+    # A caller inside a loop of its own (a notebook) is as synchronous as any: that loop stands
+    # still meanwhile.
+    outer = asyncio._get_running_loop()
     asyncio._set_running_loop(loop)
     _place.active = True
     try:
@@ -95,5 +98,10 @@ def run(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T
         return stop.value  # type: ignore[no-any-return]
     finally:
         _place.active = False
-        asyncio._set_running_loop(None)
-    return loop.run_until_complete(_finish(_Resumed(coroutine, first)))  # type: ignore[no-any-return]
+        asyncio._set_running_loop(outer)
+    asyncio._set_running_loop(None)
+    try:
+        result: T = loop.run_until_complete(_finish(_Resumed(coroutine, first)))
+        return result
+    finally:
+        asyncio._set_running_loop(outer)

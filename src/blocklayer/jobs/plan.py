@@ -229,14 +229,13 @@ class Gatherer:
             self._chunk.covered += end - start
             self._zero = None
 
-    def _take_data(self, piece: Piece) -> list[Chunk]:
-        """Add a piece of data; the answer is the chunks that this filled."""
-        full: list[Chunk] = []
+    def _take_data(self, piece: Piece) -> Iterator[Chunk]:
+        """Add a piece of data; yields each chunk that this fills (a piece may be a whole disk)."""
         lead = self._leading_zeros(piece.offset)
         for part in (lead, piece):
             while part is not None and part.length:
                 if self._must_finish(part.offset):
-                    full.append(self._finish_chunk())
+                    yield self._finish_chunk()
                 segment = self._segment
                 if segment is None or segment.end != part.offset:
                     segment = Segment(part.offset, part.offset, self._chunk.length, [], [])
@@ -247,7 +246,6 @@ class Gatherer:
                 cut = min(max(cut, align_down(segment.end, self.unit) + self.unit), part.end)
                 self._extend(segment, part.cut(part.offset, cut))
                 part = part.cut(cut, part.end) if cut < part.end else None
-        return full
 
     def _leading_zeros(self, offset: int) -> Piece | None:
         """Take from the zeros before ``offset`` what its unit needs to be filled from its start."""

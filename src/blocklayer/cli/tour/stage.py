@@ -2,7 +2,7 @@
 
 1. Every command shown is the one that runs, as if typed in the tour's folder.
 2. A check that fails ends the tour with exit code 1; nothing is claimed that was not just tested.
-3. Tools of others (e2fsck, qemu-img) are used where they are installed and named where they are not.
+3. Tools of others (e2fsck, qemu-img) are used where they are installed, and named where not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from blocklayer.units import MIB
 _CHUNK = 4 * MIB
 
 
-class TourFailed(Exception):
+class TourError(Exception):
     """A check of the tour did not hold."""
 
 
@@ -61,7 +61,7 @@ class Stage:
         """Count a check; the tour ends if it does not hold."""
         if not holds:
             print(f"   {self._styled('FAILED', '31;1')} {what}")
-            raise TourFailed(what)
+            raise TourError(what)
         self.checks += 1
         if not quiet:
             print(f"   {self._styled('✓', '32')} {what}")

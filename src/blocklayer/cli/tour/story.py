@@ -15,7 +15,7 @@ from pathlib import Path
 import blocklayer
 from blocklayer.api.disk import Disk
 from blocklayer.cli.options import Command, CommandLineError
-from blocklayer.cli.tour.stage import Stage, TourFailed
+from blocklayer.cli.tour.stage import Stage, TourError
 from blocklayer.units import KIB, MIB, format_size
 
 _DISK_SIZE = 96 * MIB
@@ -37,7 +37,7 @@ class Tour(Command):
         began = time.monotonic()
         try:
             await Story(stage).play()
-        except TourFailed:
+        except TourError:
             print(f"\nThe tour stopped. Its disks are in {stage.folder}")
             return 1
         print(f"\n{stage.checks} checks passed in {time.monotonic() - began:.1f} seconds.")
