@@ -17,7 +17,7 @@ its children and moves none of them. A **filter driver** shows one child, change
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import msgspec
@@ -26,6 +26,7 @@ from blocklayer.errors import UnsupportedError
 from blocklayer.graph.child import Role
 from blocklayer.graph.extent import Allocation, Extent, Kind
 from blocklayer.graph.options import CreateOptions, NodeOptions
+from blocklayer.graph.options import CreateOptions as AnyCreateOptions
 from blocklayer.graph.permission import Permission
 
 if TYPE_CHECKING:
@@ -65,6 +66,33 @@ class DriverInfo(msgspec.Struct, kw_only=True):
     dirty: bool = False
     encrypted: bool = False
     snapshots: list[SnapshotInfo] = []
+
+
+class BitmapShape(msgspec.Struct, frozen=True):
+    """What the size of a persistent bitmap follows from; ``granularity`` in bytes."""
+
+    name: str
+    granularity: int
+
+
+class Measurement(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit_defaults=True):
+    """How large the file of a new image would be, in bytes."""
+
+    bitmaps: int | None = None
+    """What the source's persistent bitmaps would add; None if not both ends can have any."""
+    required: int
+    """With the source's data, or empty."""
+    fully_allocated: int
+    """Once every byte of the disk has been written."""
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """An existing disk that a new image is measured for."""
+
+    data: AsyncIterator[tuple[int, int]]
+    """(offset, length) of what does not read as zeros, in order; neighbours may touch."""
+    bitmaps: Sequence[BitmapShape] | None
+    """Its persistent bitmaps; None if its format has none."""
 
 
 class ThreadSafeIO(Protocol):
@@ -163,6 +191,17 @@ class Driver:
     def specific_info(self) -> msgspec.Struct | None:
         """The "format specific information" of ``info``; kebab-case when encoded."""
         return None
+
+    async def bitmap_shapes(self) -> list[BitmapShape] | None:
+        """The persistent bitmaps that a copy could take along; None if there cannot be any."""
+        return None
+
+    @classmethod
+    async def measure(
+        cls, options: AnyCreateOptions, size: int, source: Measured | None
+    ) -> Measurement:
+        """How large the file of a new image of ``size`` bytes would be, filled from ``source``."""
+        raise UnsupportedError(f"Block driver '{cls.NAME}' does not support size measurement")
 
 
 class ProtocolDriver(Driver):

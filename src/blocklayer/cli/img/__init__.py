@@ -15,6 +15,7 @@ COMMANDS: Final = {
     "dd": f"{_HERE}.dd:Dd",
     "info": f"{_HERE}.info:Info",
     "map": f"{_HERE}.map:Map",
+    "measure": f"{_HERE}.measure:Measure",
     "rebase": f"{_HERE}.rebase:Rebase",
     "resize": f"{_HERE}.resize:Resize",
 }

@@ -41,10 +41,13 @@ from blocklayer.errors import BlockError, CorruptionError, FormatError, Unsuppor
 from blocklayer.graph import options as graph_options
 from blocklayer.graph.driver import (
     BackingReference,
+    BitmapShape,
     Buffer,
     CheckResult,
     DriverInfo,
     FormatDriver,
+    Measured,
+    Measurement,
     SnapshotInfo,
 )
 from blocklayer.graph.extent import Allocation, Extent
@@ -391,6 +394,22 @@ class Qcow2Driver(FormatDriver):
 
         assert isinstance(options, Qcow2CreateOptions)
         await create(graph, target, options)
+
+    async def bitmap_shapes(self) -> list[BitmapShape] | None:
+        """Those that the directory calls consistent."""
+        from blocklayer.drivers.qcow2.measure import stored_bitmaps
+
+        return await stored_bitmaps(self.image)
+
+    @classmethod
+    async def measure(
+        cls, options: graph_options.CreateOptions, size: int, source: Measured | None
+    ) -> Measurement:
+        """Metadata for the whole disk, and the clusters that ``source`` has data in."""
+        from blocklayer.drivers.qcow2.measure import measure
+
+        assert isinstance(options, Qcow2CreateOptions)
+        return await measure(options, size, source)
 
 
 def _snapshot_info(snapshot: Snapshot) -> SnapshotInfo:
