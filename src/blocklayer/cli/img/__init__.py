@@ -7,6 +7,7 @@ from typing import Final
 _HERE = "blocklayer.cli.img"
 
 COMMANDS: Final = {
+    "bench": f"{_HERE}.bench:Bench",
     "check": f"{_HERE}.check:Check",
     "commit": f"{_HERE}.commit:Commit",
     "compare": f"{_HERE}.compare:Compare",
