@@ -17,7 +17,7 @@ its children and moves none of them. A **filter driver** shows one child, change
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import msgspec
@@ -25,7 +25,7 @@ import msgspec
 from blocklayer.errors import UnsupportedError
 from blocklayer.graph.child import Role
 from blocklayer.graph.extent import Allocation, Extent, Kind
-from blocklayer.graph.options import CreateOptions, NodeOptions
+from blocklayer.graph.options import AmendOptions, CreateOptions, NodeOptions
 from blocklayer.graph.options import CreateOptions as AnyCreateOptions
 from blocklayer.graph.permission import Permission
 
@@ -256,6 +256,11 @@ class FormatDriver(Driver):
     relocates: ClassVar[bool] = False
     """Whether the place of guest bytes can change (if not, writes need no serialising)."""
 
+    @classmethod
+    def amend_options(cls) -> type[AmendOptions] | None:
+        """The options that ``amend`` takes; None if nothing of an image can be changed."""
+        return None
+
     def child_permissions(self, child: Child, taken: int, shared: int) -> tuple[int, int]:
         """A format needs its storage unchanged by others, and only reads its backing."""
         if child.role is Role.BACKING:
@@ -306,6 +311,10 @@ class FormatDriver(Driver):
     async def change_backing(self, reference: BackingReference | None) -> None:
         """Rewrite what the header says of the backing file. The graph is not changed."""
         raise UnsupportedError(f"Format '{self.NAME}' does not support changing the backing file")
+
+    async def amend(self, options: AmendOptions, progress: Callable[[int, int], None]) -> None:
+        """Change what ``options`` say; no request is in flight. ``progress(done, total)``."""
+        raise UnsupportedError(f"Format driver '{self.NAME}' does not support option amendment")
 
     async def make_empty(self) -> None:
         """Drop everything this layer holds, so that the backing child shows through."""

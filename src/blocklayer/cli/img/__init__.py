@@ -7,6 +7,7 @@ from typing import Final
 _HERE = "blocklayer.cli.img"
 
 COMMANDS: Final = {
+    "amend": f"{_HERE}.amend:Amend",
     "bench": f"{_HERE}.bench:Bench",
     "check": f"{_HERE}.check:Check",
     "commit": f"{_HERE}.commit:Commit",

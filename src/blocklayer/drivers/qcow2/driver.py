@@ -372,6 +372,25 @@ class Qcow2Driver(FormatDriver):
                 backing_format=reference.format if reference else None,
             )
 
+    @classmethod
+    def amend_options(cls) -> type[graph_options.AmendOptions]:
+        """Loaded when somebody asks."""
+        from blocklayer.drivers.qcow2.amend import Qcow2AmendOptions
+
+        return Qcow2AmendOptions
+
+    async def amend(
+        self, options: graph_options.AmendOptions, progress: Callable[[int, int], None]
+    ) -> None:
+        """Change the image's version, size, or refcounts."""
+        from blocklayer.drivers.qcow2.amend import Qcow2AmendOptions, amend
+
+        assert isinstance(options, Qcow2AmendOptions)
+        try:
+            await amend(self, options, progress)
+        except CorruptionError as error:
+            raise await self._signal(error) from None
+
     async def make_empty(self) -> None:
         """Give up every cluster and table that the guest's disk has."""
         try:
