@@ -35,7 +35,7 @@ _WINDOW_BITS: Final = 12
 _DEFLATE_LEVEL: Final = 3
 """The best of ISA-L's levels: several times the speed of zlib's default, a few percent larger."""
 _ZSTD_LEVEL: Final = 1
-"""The fast one: higher levels gain a few percent on clusters, and cost a quarter of the speed or more."""
+"""The fast one: higher levels gain a few percent, and cost a quarter of the speed or more."""
 _ZSTD_WINDOW_MAX: Final = 8 * MIB
 """What every decoder is to support; an image cannot make us set more memory aside."""
 _IN_FLIGHT_MAX: Final = 4
