@@ -30,8 +30,8 @@ from blocklayer.jobs.threads import Threads, crew
 from blocklayer.jobs.writing import Writer, gaps, spans, store_all
 from blocklayer.units import KIB, MIB, align_down, align_up
 
-CHUNK_SIZE = 2 * MIB
-DEFAULT_WORKERS = 8
+CHUNK_SIZE = 4 * MIB
+DEFAULT_WORKERS = 4
 DEFAULT_SPARSE_SIZE = 4 * KIB
 
 
