@@ -240,6 +240,10 @@ class FormatDriver(Driver):
         """What the image's header says of its backing file."""
         return None
 
+    async def storage_has_holes(self) -> bool:
+        """Whether to ask the child of a ``recurse`` extent; only block status needs to know."""
+        return True
+
     async def allocate(self, offset: int, length: int) -> Allocation:
         """Set space aside for a write at ``offset`` of up to ``length`` bytes; readers see no
         change.

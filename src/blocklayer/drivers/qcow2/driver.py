@@ -277,6 +277,10 @@ class Qcow2Driver(FormatDriver):
             info.extended_l2 = header.extended_l2
         return info
 
+    async def storage_has_holes(self) -> bool:
+        """Preallocated clusters, perhaps: their data is in the file's holes."""
+        return await self.mapping.storage_has_holes()
+
     async def map(self, offset: int, length: int) -> Extent:
         """Where the guest's bytes live."""
         try:
