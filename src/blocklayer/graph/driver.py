@@ -17,7 +17,7 @@ its children and moves none of them. A **filter driver** shows one child, change
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import msgspec
@@ -183,6 +183,11 @@ class ProtocolDriver(Driver):
 
     def identity(self) -> object | None:
         """Equal for two nodes that store to the same place; None if that cannot be told."""
+        return None
+
+    @classmethod
+    def identity_of(cls, options: Mapping[str, Any]) -> object | None:
+        """The ``identity`` that a node opened with ``options`` would have, if that can be told."""
         return None
 
     async def read(self, offset: int, view: memoryview) -> None:
