@@ -274,6 +274,14 @@ def _identity(node: Node) -> object | None:
     return driver.identity() if isinstance(driver, ProtocolDriver) else None
 
 
+def _identity_of(graph: Graph, storage: object) -> object | None:
+    """The identity of storage that is not open yet, as far as its options tell it."""
+    if not isinstance(storage, Mapping) or "driver" not in storage:
+        return None
+    driver = graph.registry.load(str(storage["driver"]))
+    return driver.identity_of(storage) if issubclass(driver, ProtocolDriver) else None
+
+
 async def _open_backing(graph: Graph, node: Node, seen: set[object | None]) -> Node | None:
     """Open the node below ``node``, from its options or from what its image says; without chain.
 
@@ -295,11 +303,8 @@ async def _open_backing(graph: Graph, node: Node, seen: set[object | None]) -> N
                 raise UsageError(f"'{node.filename}' has no backing file to give options for")
             return None
         options = _named_backing(graph, node, reference.filename, reference.format, options)
-        storage = options.get("file")
-        if isinstance(storage, Mapping) and "driver" in storage:
-            # Before it is opened: its lock would be in our own way, and that would be the message.
-            protocol = graph.registry.load_protocol(str(storage["driver"]))
-            _check_loop(protocol.identity_of(storage), seen, storage.get("filename"))
+        # Before it is opened: its lock would be in our own way, and that would be the message.
+        _check_loop(_identity_of(graph, options.get("file")), seen, reference.filename)
     try:
         return await _open_one(graph, options, node.flags.inherited(Role.BACKING))
     except BlockError as error:
