@@ -48,6 +48,7 @@ from blocklayer.graph.driver import (
     SnapshotInfo,
 )
 from blocklayer.graph.extent import Allocation, Extent
+from blocklayer.graph.waiting import in_place
 from blocklayer.units import align_up
 
 if TYPE_CHECKING:
@@ -203,7 +204,8 @@ class Qcow2Driver(FormatDriver):
 
     def _schedule_cleaning(self) -> None:
         interval_s = self.image.settings.clean_interval_s
-        if interval_s:
+        # In place no loop runs between requests: the timer would never fire, and never go away.
+        if interval_s and not in_place():
             loop = asyncio.get_running_loop()
             self._clean_timer = loop.call_later(interval_s, self._clean)
 
