@@ -82,7 +82,8 @@ def test_the_options_of_the_real_tool_are_known(
         if word.startswith("--")
     }
     known = {long for field in fields_of(load_command(COMMANDS[name])) for long in field.long_names}
-    assert wanted - known - to_come == set()
+    # "--progres", says the real tool: it is --progress, cut short.
+    assert wanted - known - to_come - {"progres"} == set()
 
 
 def test_a_link_makes_it_the_tool(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from blocklayer.errors import BlockError
+from blocklayer.graph.amend import amend
 from blocklayer.graph.create import create_image
 from blocklayer.graph.driver import BackingReference, FormatDriver
 from blocklayer.graph.graph import Graph
@@ -282,6 +283,36 @@ def test_emptying() -> None:
         await bench.flush()
         await bench.root.close()
         assert await survive(bench, spread(moments(disk), MOST)) > 10
+
+    run(main())
+
+
+async def amending(bench: Bench) -> None:
+    async def change(**options: str) -> None:
+        await amend(bench.root, options, lambda done, total: None)
+
+    await bench.write(0, 3 * CLUSTER, 1)
+    await bench.do("zero", 10 * CLUSTER, 4 * CLUSTER)
+    await bench.write(40 * KIB, 3 * KIB, 2)
+    await bench.flush()
+    await change(refcount_bits="64")
+    await bench.write(20 * CLUSTER, CLUSTER, 3)
+    await bench.flush()
+    await change(refcount_bits="16", compat="0.10")
+    await bench.write(11 * CLUSTER, 100, 4)
+    await bench.flush()
+    await change(compat="1.1", lazy_refcounts="on")
+    await bench.write(30 * CLUSTER, 100, 5)
+    await change(lazy_refcounts="off", refcount_bits="1")
+
+
+@pytest.mark.parametrize("backed", [False, True])
+def test_amending(backed: bool) -> None:
+    async def main() -> None:
+        base = raw_disk(Request("write", 0, 50 * KIB + 512, 0xBB).data) if backed else None
+        disk = await new_image(80 * KIB, base=base)
+        bench = await record(amending, disk)
+        assert await survive(bench, spread(moments(disk), MOST // 2)) > 20
 
     run(main())
 

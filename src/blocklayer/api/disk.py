@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
 from typing import Any, Final
 
 from blocklayer.api.map import MapEntry, map_entries
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import UsageError
+from blocklayer.graph.amend import amend
 from blocklayer.graph.create import create_image
 from blocklayer.graph.driver import Buffer
 from blocklayer.graph.gate import Policy
@@ -145,6 +146,15 @@ class Disk:
     async def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
         """Change the size; ``shrink`` allows losing the tail."""
         await self.root.truncate(size, preallocation=preallocation, shrink=shrink)
+
+    async def amend(
+        self, *, progress: Callable[[int, int], None] = lambda done, total: None, **options: Any
+    ) -> None:
+        """Change what the image is; ``options`` go by the names of ``amend -o``.
+
+        Raises UsageError or UnsupportedError before anything has changed.
+        """
+        await amend(self.root, options, progress)
 
     async def map(self, offset: int = 0, length: int | None = None) -> AsyncIterator[MapEntry]:
         """Where the bytes of ``[offset, offset + length)`` live, run by run."""

@@ -53,7 +53,7 @@ def check_cache(mode: str, what: str = "cache") -> str:
     return mode
 
 
-def size_argument(text: str, what: str) -> int:
+def size_argument(text: str, what: str, least: int = 0, most: int = MAX_SIZE) -> int:
     """Bytes named by an operand or option; ``what`` names it in errors ("image size")."""
     number = text.strip()
     negative = number.startswith("-")
@@ -62,10 +62,23 @@ def size_argument(text: str, what: str) -> int:
     except UsageError as error:
         if error.errno != errno.ERANGE:
             raise UsageError(f"Invalid {what} specified: '{text}'.") from None
-        size = MAX_SIZE + 1
-    if size > MAX_SIZE or (negative and size):
-        raise UsageError(f"Invalid {what} specified. Must be between 0 and {MAX_SIZE}.")
-    return size
+        size = most + 1
+    return _within(-size if negative else size, what, least, most)
+
+
+def count_argument(text: str, what: str, least: int, most: int) -> int:
+    """A plain number named by an option, within limits; ``what`` names it in errors."""
+    try:
+        number = int(text, 0)
+    except ValueError:
+        raise UsageError(f"Invalid {what} specified: '{text}'.") from None
+    return _within(number, what, least, most)
+
+
+def _within(number: int, what: str, least: int, most: int) -> int:
+    if not least <= number <= most:
+        raise UsageError(f"Invalid {what} specified. Must be between {least} and {most}.")
+    return number
 
 
 def parse_options(texts: list[str]) -> dict[str, str] | None:

@@ -14,7 +14,7 @@ from msgspec import UNSET, Meta, UnsetType
 from blocklayer.errors import LockedError, UnsupportedError, UsageError
 from blocklayer.graph import io
 from blocklayer.graph.child import Child, Role
-from blocklayer.graph.driver import DriverInfo, FormatDriver
+from blocklayer.graph.driver import DriverInfo, FormatDriver, Measured, Measurement
 from blocklayer.graph.extent import Extent, Kind
 from blocklayer.graph.options import CreateOptions as AnyCreateOptions
 from blocklayer.graph.options import NodeOptions, Reference, Size
@@ -166,3 +166,11 @@ class RawDriver(FormatDriver):
         assert isinstance(options, RawCreateOptions)
         size = align_up(options.size, SECTOR)
         await io.truncate(target, size, preallocation=options.preallocation or "off", shrink=True)
+
+    @classmethod
+    async def measure(
+        cls, options: AnyCreateOptions, size: int, source: Measured | None
+    ) -> Measurement:
+        """Whole sectors: a file system may store holes in less, other storage does not."""
+        whole = align_up(size, SECTOR)
+        return Measurement(required=whole, fully_allocated=whole)

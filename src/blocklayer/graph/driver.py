@@ -17,7 +17,7 @@ its children and moves none of them. A **filter driver** shows one child, change
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import msgspec
@@ -25,7 +25,8 @@ import msgspec
 from blocklayer.errors import UnsupportedError
 from blocklayer.graph.child import Role
 from blocklayer.graph.extent import Allocation, Extent, Kind
-from blocklayer.graph.options import CreateOptions, NodeOptions
+from blocklayer.graph.options import AmendOptions, CreateOptions, NodeOptions
+from blocklayer.graph.options import CreateOptions as AnyCreateOptions
 from blocklayer.graph.permission import Permission
 
 if TYPE_CHECKING:
@@ -65,6 +66,33 @@ class DriverInfo(msgspec.Struct, kw_only=True):
     dirty: bool = False
     encrypted: bool = False
     snapshots: list[SnapshotInfo] = []
+
+
+class BitmapShape(msgspec.Struct, frozen=True):
+    """What the size of a persistent bitmap follows from; ``granularity`` in bytes."""
+
+    name: str
+    granularity: int
+
+
+class Measurement(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit_defaults=True):
+    """How large the file of a new image would be, in bytes."""
+
+    bitmaps: int | None = None
+    """What the source's persistent bitmaps would add; None if not both ends can have any."""
+    required: int
+    """With the source's data, or empty."""
+    fully_allocated: int
+    """Once every byte of the disk has been written."""
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """An existing disk that a new image is measured for."""
+
+    data: AsyncIterator[tuple[int, int]]
+    """(offset, length) of what does not read as zeros, in order; neighbours may touch."""
+    bitmaps: Sequence[BitmapShape] | None
+    """Its persistent bitmaps; None if its format has none."""
 
 
 class ThreadSafeIO(Protocol):
@@ -164,6 +192,17 @@ class Driver:
         """The "format specific information" of ``info``; kebab-case when encoded."""
         return None
 
+    async def bitmap_shapes(self) -> list[BitmapShape] | None:
+        """The persistent bitmaps that a copy could take along; None if there cannot be any."""
+        return None
+
+    @classmethod
+    async def measure(
+        cls, options: AnyCreateOptions, size: int, source: Measured | None
+    ) -> Measurement:
+        """How large the file of a new image of ``size`` bytes would be, filled from ``source``."""
+        raise UnsupportedError(f"Block driver '{cls.NAME}' does not support size measurement")
+
 
 class ProtocolDriver(Driver):
     """Stores bytes. Reads past the end of what is stored return zeros."""
@@ -222,6 +261,11 @@ class FormatDriver(Driver):
     relocates: ClassVar[bool] = False
     """Whether the place of guest bytes can change (if not, writes need no serialising)."""
 
+    @classmethod
+    def amend_options(cls) -> type[AmendOptions] | None:
+        """The options that ``amend`` takes; None if nothing of an image can be changed."""
+        return None
+
     def child_permissions(self, child: Child, taken: int, shared: int) -> tuple[int, int]:
         """A format needs its storage unchanged by others, and only reads its backing."""
         if child.role is Role.BACKING:
@@ -276,6 +320,10 @@ class FormatDriver(Driver):
     async def change_backing(self, reference: BackingReference | None) -> None:
         """Rewrite what the header says of the backing file. The graph is not changed."""
         raise UnsupportedError(f"Format '{self.NAME}' does not support changing the backing file")
+
+    async def amend(self, options: AmendOptions, progress: Callable[[int, int], None]) -> None:
+        """Change what ``options`` say; no request is in flight. ``progress(done, total)``."""
+        raise UnsupportedError(f"Format driver '{self.NAME}' does not support option amendment")
 
     async def make_empty(self) -> None:
         """Drop everything this layer holds, so that the backing child shows through."""

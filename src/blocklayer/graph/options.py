@@ -66,6 +66,13 @@ class CreateOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         """Raise UsageError if the values do not fit together; called before anything is touched."""
 
 
+class AmendOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What can be changed of an existing image, by the names of ``-o``; UNSET: leave it.
+
+    Drivers derive from this, and describe their fields as those of ``CreateOptions``.
+    """
+
+
 Options = TypeVar("Options", bound=msgspec.Struct)
 
 _TRUE = frozenset(("on", "yes", "true", "y"))

@@ -7,6 +7,8 @@ from typing import Final
 _HERE = "blocklayer.cli.img"
 
 COMMANDS: Final = {
+    "amend": f"{_HERE}.amend:Amend",
+    "bench": f"{_HERE}.bench:Bench",
     "check": f"{_HERE}.check:Check",
     "commit": f"{_HERE}.commit:Commit",
     "compare": f"{_HERE}.compare:Compare",
@@ -15,6 +17,7 @@ COMMANDS: Final = {
     "dd": f"{_HERE}.dd:Dd",
     "info": f"{_HERE}.info:Info",
     "map": f"{_HERE}.map:Map",
+    "measure": f"{_HERE}.measure:Measure",
     "rebase": f"{_HERE}.rebase:Rebase",
     "resize": f"{_HERE}.resize:Resize",
 }

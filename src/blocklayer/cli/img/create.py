@@ -136,13 +136,20 @@ def options_help(format: str, filename: str | None) -> str:
         head = "Supported options:"
         protocol = str(protocol_options(filename, graph.registry)["driver"])
         found = {**_described(REGISTRY.load_protocol(protocol).CreateOptions), **found}
-    lines = [head]
-    lines += [
+    return "\n".join([head, *_lines(found)]) + "\n" + tail
+
+
+def option_lines(options: type[msgspec.Struct]) -> list[str]:
+    """A line for each option, by name."""
+    return _lines(_described(options))
+
+
+def _lines(found: Mapping[str, Described]) -> list[str]:
+    return [
         f"  {f'{name}=<{option.type}>':<22} - {option.text}"
         for name, option in sorted(found.items())
     ]
-    return "\n".join(lines) + "\n" + tail
 
 
-def _described(options: type[CreateOptions] | None) -> dict[str, Described]:
+def _described(options: type[msgspec.Struct] | None) -> dict[str, Described]:
     return {option.name: option for option in describe(options)} if options else {}

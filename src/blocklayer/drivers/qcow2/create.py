@@ -88,6 +88,20 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
 
     def validate(self) -> None:
         """Raise UsageError unless an image can be made like this."""
+        self.validate_units()
+        if self.extended_l2:
+            raise UnsupportedError("Images with extended L2 tables cannot be created")
+        if self.version < 3:
+            self._validate_version_2()
+        self._validate_backing()
+        if align_up(self.size, SECTOR) > self.geometry.max_size:
+            raise UsageError(
+                "The image size is too large for file format 'qcow2' "
+                "(try using a larger cluster size)"
+            )
+
+    def validate_units(self) -> None:
+        """Raise UsageError unless clusters and refcounts can have these sizes."""
         if not (
             is_power_of_two(self.cluster_size)
             and _MIN_CLUSTER_SIZE <= self.cluster_size <= _MAX_CLUSTER_SIZE
@@ -100,16 +114,6 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
             raise UsageError(
                 "Refcount width must be a power of two and may not exceed "
                 f"{_MAX_REFCOUNT_BITS} bits"
-            )
-        if self.extended_l2:
-            raise UnsupportedError("Images with extended L2 tables cannot be created")
-        if self.version < 3:
-            self._validate_version_2()
-        self._validate_backing()
-        if align_up(self.size, SECTOR) > self.geometry.max_size:
-            raise UsageError(
-                "The image size is too large for file format 'qcow2' "
-                "(try using a larger cluster size)"
             )
 
     def _validate_version_2(self) -> None:

@@ -41,10 +41,13 @@ from blocklayer.errors import BlockError, CorruptionError, FormatError, Unsuppor
 from blocklayer.graph import options as graph_options
 from blocklayer.graph.driver import (
     BackingReference,
+    BitmapShape,
     Buffer,
     CheckResult,
     DriverInfo,
     FormatDriver,
+    Measured,
+    Measurement,
     SnapshotInfo,
 )
 from blocklayer.graph.extent import Allocation, Extent
@@ -125,8 +128,6 @@ class Qcow2Driver(FormatDriver):
             "encryption": header.crypt_method != qcow2_header.CRYPT_NONE,
         }
         used = [name for name, present in features.items() if present]
-        if header.compression_type == qcow2_header.COMPRESSION_ZSTD and not _has_zstd():
-            used.append("zstd compression (install the package 'zstandard')")
         if used:
             raise UnsupportedError(
                 f"Could not open '{self.node.children['file'].node.filename}': the image uses "
@@ -377,6 +378,25 @@ class Qcow2Driver(FormatDriver):
                 backing_format=reference.format if reference else None,
             )
 
+    @classmethod
+    def amend_options(cls) -> type[graph_options.AmendOptions]:
+        """Loaded when somebody asks."""
+        from blocklayer.drivers.qcow2.amend import Qcow2AmendOptions
+
+        return Qcow2AmendOptions
+
+    async def amend(
+        self, options: graph_options.AmendOptions, progress: Callable[[int, int], None]
+    ) -> None:
+        """Change the image's version, size, or refcounts."""
+        from blocklayer.drivers.qcow2.amend import Qcow2AmendOptions, amend
+
+        assert isinstance(options, Qcow2AmendOptions)
+        try:
+            await amend(self, options, progress)
+        except CorruptionError as error:
+            raise await self._signal(error) from None
+
     async def make_empty(self) -> None:
         """Give up every cluster and table that the guest's disk has."""
         try:
@@ -398,6 +418,22 @@ class Qcow2Driver(FormatDriver):
         assert isinstance(options, Qcow2CreateOptions)
         await create(graph, target, options)
 
+    async def bitmap_shapes(self) -> list[BitmapShape] | None:
+        """Those that the directory calls consistent."""
+        from blocklayer.drivers.qcow2.measure import stored_bitmaps
+
+        return await stored_bitmaps(self.image)
+
+    @classmethod
+    async def measure(
+        cls, options: graph_options.CreateOptions, size: int, source: Measured | None
+    ) -> Measurement:
+        """Metadata for the whole disk, and the clusters that ``source`` has data in."""
+        from blocklayer.drivers.qcow2.measure import measure
+
+        assert isinstance(options, Qcow2CreateOptions)
+        return await measure(options, size, source)
+
 
 def _snapshot_info(snapshot: Snapshot) -> SnapshotInfo:
     clock_s, clock_ns = divmod(snapshot.vm_clock_ns, 1_000_000_000)
@@ -411,9 +447,3 @@ def _snapshot_info(snapshot: Snapshot) -> SnapshotInfo:
         vm_clock_nsec=clock_ns,
         icount=snapshot.icount,
     )
-
-
-def _has_zstd() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("zstandard") is not None
