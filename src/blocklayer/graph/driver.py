@@ -272,6 +272,24 @@ class FormatDriver(Driver):
         """Drop everything this layer holds, so that the backing child shows through."""
         raise UnsupportedError(f"Format '{self.NAME}' cannot be emptied")
 
+    async def snapshot_create(self, name: str) -> SnapshotInfo:
+        """Keep what the disk holds now inside the image. Of these four, each is called drained
+        (``graph.snapshots`` sees to that), and an identifier is that of a known snapshot.
+        """
+        raise UnsupportedError(f"Format '{self.NAME}' does not support internal snapshots")
+
+    async def snapshot_apply(self, identifier: str) -> None:
+        """Let the disk hold what it held at a snapshot; its size may change."""
+        raise UnsupportedError(f"Format '{self.NAME}' does not support internal snapshots")
+
+    async def snapshot_delete(self, identifier: str) -> None:
+        """Drop a snapshot and what only it held."""
+        raise UnsupportedError(f"Format '{self.NAME}' does not support internal snapshots")
+
+    async def snapshot_load(self, identifier: str) -> None:
+        """Until it is closed, let the read-only node show a snapshot in place of the disk."""
+        raise UnsupportedError(f"Format '{self.NAME}' does not support internal snapshots")
+
     async def check(self, repair: frozenset[str]) -> CheckResult:
         """Compare all metadata; ``repair`` is a subset of {"leaks", "errors"}."""
         raise UnsupportedError(f"Format '{self.NAME}' does not support checks")
