@@ -14,8 +14,9 @@ from typing import Any, Final
 from blocklayer.api.map import MapEntry, map_entries
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import UsageError
+from blocklayer.graph import snapshots
 from blocklayer.graph.create import create_image
-from blocklayer.graph.driver import Buffer
+from blocklayer.graph.driver import Buffer, SnapshotInfo
 from blocklayer.graph.gate import Policy
 from blocklayer.graph.graph import Graph
 from blocklayer.graph.node import Flags
@@ -58,6 +59,7 @@ class Disk:
         detect_zeroes: str = "off",
         repair: bool = False,
         one_pass: bool = False,
+        snapshot: str | None = None,
         policy: Policy | None = None,
         graph: Graph | None = None,
     ) -> Disk:
@@ -66,7 +68,8 @@ class Disk:
         ``backing`` False leaves the backing chain closed. ``force_share`` reads an image that
         another process writes. ``cache`` is a name from ``CACHE_MODES``. ``repair`` lets an image
         that is marked dirty or corrupt in as it is, to be checked. ``one_pass`` keeps caches small,
-        for who goes through the disk once. Raises BlockError.
+        for who goes through the disk once. ``snapshot``, an id or a name, shows that internal
+        snapshot in place of the disk, read-only. Raises BlockError.
         """
         if cache not in CACHE_MODES:
             raise UsageError(f"Invalid cache mode '{cache}': use one of {', '.join(CACHE_MODES)}")
@@ -88,6 +91,8 @@ class Disk:
         if writable:
             taken |= Permission.WRITE | Permission.RESIZE
         try:
+            if snapshot is not None:
+                await snapshots.load(node, snapshots.get(node, snapshot))
             return cls(Root(node, "the disk", taken, write_through=write_through))
         except BaseException:
             await where.release(node)
@@ -145,6 +150,22 @@ class Disk:
     async def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
         """Change the size; ``shrink`` allows losing the tail."""
         await self.root.truncate(size, preallocation=preallocation, shrink=shrink)
+
+    def snapshots(self) -> list[SnapshotInfo]:
+        """The internal snapshots, oldest first."""
+        return list(snapshots.listed(self.root.node))
+
+    async def create_snapshot(self, name: str) -> SnapshotInfo:
+        """Keep what the disk holds now inside the image; requests wait until that is done."""
+        return await snapshots.create(self.root, name)
+
+    async def apply_snapshot(self, snapshot: str) -> None:
+        """Let the disk hold, and be as large as, what it was at the snapshot of this id or name."""
+        await snapshots.apply(self.root, snapshots.get(self.root.node, snapshot))
+
+    async def delete_snapshot(self, snapshot: str) -> None:
+        """Drop the internal snapshot of this id or, if there is none, of this name."""
+        await snapshots.delete(self.root, snapshots.get(self.root.node, snapshot))
 
     async def map(self, offset: int = 0, length: int | None = None) -> AsyncIterator[MapEntry]:
         """Where the bytes of ``[offset, offset + length)`` live, run by run."""

@@ -86,6 +86,8 @@ class Driver:
     Options: ClassVar[type[NodeOptions]] = NodeOptions
     CreateOptions: ClassVar[type[CreateOptions] | None] = None
     supports_backing: ClassVar[bool] = False
+    supports_snapshots: ClassVar[bool] = False
+    """Images can hold internal snapshots: a format that says so answers to ``snapshot_…``."""
 
     zero_alignment: int = 1
     discard_alignment: int = 1

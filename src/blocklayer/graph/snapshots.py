@@ -91,6 +91,8 @@ async def _changing(root: Root) -> AsyncIterator[FormatDriver]:
 
 
 def _driver(node: Node) -> FormatDriver:
-    if not isinstance(node.driver, FormatDriver):
-        raise UnsupportedError(f"Driver '{node.driver.NAME}' does not support internal snapshots")
-    return node.driver
+    driver = node.driver
+    if not driver.supports_snapshots:
+        raise UnsupportedError(f"Format '{driver.NAME}' does not support internal snapshots")
+    assert isinstance(driver, FormatDriver)
+    return driver

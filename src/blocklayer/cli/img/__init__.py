@@ -17,4 +17,5 @@ COMMANDS: Final = {
     "map": f"{_HERE}.map:Map",
     "rebase": f"{_HERE}.rebase:Rebase",
     "resize": f"{_HERE}.resize:Resize",
+    "snapshot": f"{_HERE}.snapshot:Snapshot",
 }

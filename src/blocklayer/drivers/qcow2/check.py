@@ -4,8 +4,8 @@ Public:
     check(driver, repair) -> CheckResult   one pass; ``repair`` is a subset of {"leaks", "errors"}
     rebuild_refcounts(driver)              what opening a dirty image for writing needs
 
-What the driver offers: ``settle`` before the pass (all metadata is then in the file), and ``reload``
-after a pass that changed the file (caches are dropped; header, L1 table and snapshots read anew).
+What the driver offers: ``settle`` before the pass (all metadata is then in the file) and ``reload``
+after one that changed the file (caches are dropped; header, L1 table and snapshots read anew).
 
 1. A pass that does not repair writes nothing.
 2. A repaired image is only called clean by another pass: callers check again, without repair, when

@@ -79,6 +79,7 @@ class Qcow2Driver(FormatDriver):
     Options = Qcow2Options
     CreateOptions = Qcow2CreateOptions
     supports_backing: ClassVar[bool] = True
+    supports_snapshots: ClassVar[bool] = True
     relocates: ClassVar[bool] = True
 
     image: Image
