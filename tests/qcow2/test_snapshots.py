@@ -16,6 +16,7 @@ import blocklayer
 from blocklayer.api.disk import Disk
 from blocklayer.errors import BlockError, LockedError, StorageError, UnsupportedError, UsageError
 from blocklayer.graph import snapshots
+from blocklayer.graph.driver import SnapshotInfo
 from blocklayer.graph.root import Root
 from blocklayer.testing.contract import apply, read_all
 from blocklayer.testing.crashing import CrashingDisk, State
@@ -28,7 +29,7 @@ from qcow2.images import run
 
 KIB = 1024
 CLUSTER = 512
-STATES = 160
+STATES = 100
 
 SHAPES: dict[str, list[str]] = {
     "default": [],
@@ -387,7 +388,7 @@ async def holds(disk: CrashingDisk, identifier: str, content: bytes, when: objec
     assert found == content, f"{when} snapshot {identifier}: {difference(found, content)}"
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.sampled_from(
         (
@@ -416,7 +417,7 @@ def test_against_a_model(options: dict[str, Any], wanted: list[tuple[str, int, i
 Change = Callable[[Root], Awaitable[Any]]
 
 
-def on(name: str, change: Callable[[Root, snapshots.SnapshotInfo], Awaitable[None]]) -> Change:
+def on(name: str, change: Callable[[Root, SnapshotInfo], Awaitable[None]]) -> Change:
     return lambda root: change(root, snapshots.get(root.node, name))
 
 

@@ -41,13 +41,15 @@ from blocklayer.drivers.qcow2.slices import Slice
 from blocklayer.errors import BlockError, FormatError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
     from blocklayer.drivers.qcow2.image import Image
     from blocklayer.drivers.qcow2.mapping import Mapping
     from blocklayer.drivers.qcow2.writing import Writer
 
 _NS: Final = 1_000_000_000
+_BATCH_ENTRIES: Final = 1 << 19
+"""Entries that are looked at together: some tens of megabytes."""
 _WORD: Final = (1 << 64) - 1
 _ANY_L2: Final = overlap.ACTIVE_L2 | overlap.INACTIVE_L2
 
@@ -267,8 +269,8 @@ class Snapshots:
         with suppress(BlockError):
             for first, count in claimed:
                 await image.refcounts.release(first, count)
-            for table in shared:
-                for first, count in self._references(table, await self._table(table)):
+            async for _, runs in self._batches(shared):
+                for first, count in runs:
                     await image.refcounts.release(first, count)
             await self._settle_counts()
             await self._set_flags()
@@ -279,26 +281,19 @@ class Snapshots:
 
         ``shared`` are the tables done.
         """
-        for entry in l1:
-            table = decode_l1(entry, self._image.geometry)
-            if table:
-                await self._share(table)
-                shared.append(table)
-
-    async def _share(self, table: int) -> None:
         refcounts = self._image.refcounts
-        entries = await self._table(table)
-        done: list[tuple[int, int]] = []
-        try:
-            for first, count in self._references(table, entries):
-                await refcounts.increase(first, count)
-                done.append((first, count))
-            await self._update_table(table, entries, _without(entries, COPIED))
-        except BaseException:
-            with suppress(BlockError):
-                for first, count in done:
-                    await refcounts.release(first, count)
-            raise
+        async for tables, runs in self._batches(self._tables(l1), clear=True):
+            done: list[tuple[int, int]] = []
+            try:
+                for first, count in runs:
+                    await refcounts.increase(first, count)
+                    done.append((first, count))
+            except BaseException:
+                with suppress(BlockError):
+                    for first, count in done:
+                        await refcounts.release(first, count)
+                raise
+            shared += tables
 
     async def _drop_tree(self, l1_offset: int, l1: array[int]) -> None:
         """Give up an L1 table and all that it refers to."""
@@ -306,12 +301,62 @@ class Snapshots:
         clusters = image.geometry.cluster_count(len(l1) * 8)
         if clusters:
             self._give_up([(l1_offset >> self._bits, clusters)])
-        for entry in l1:
-            table = decode_l1(entry, image.geometry)
-            if table:
-                self._give_up(self._references(table, await self._table(table)))
-                await image.frees.apply(force=True)
+        async for _, runs in self._batches(self._tables(l1)):
+            self._give_up(runs)
+            await image.frees.apply(force=True)
         await image.frees.apply(force=True)
+
+    def _tables(self, l1: array[int]) -> list[int]:
+        """Where the L2 tables of an L1 table are."""
+        geometry = self._image.geometry
+        return [decode_l1(entry, geometry) for entry in l1 if entry & ~COPIED]
+
+    async def _batches(
+        self, tables: list[int], *, clear: bool = False
+    ) -> AsyncIterator[tuple[list[int], list[tuple[int, int]]]]:
+        """L2 tables, some at a time, with the (first, count) runs that they and their entries
+        refer to; ``clear``: copied flags found in them are cleared.
+
+        Of many tables together, the runs are few even where each is fragmented.
+        """
+        batch: list[int] = []
+        offsets: list[int] = []
+        runs: list[tuple[int, int]] = []
+        for table in tables:
+            entries = await self._table(table)
+            if clear:
+                await self._update_table(table, entries, _without(entries, COPIED))
+            batch.append(table)
+            offsets.append(table)
+            self._collect(entries, offsets, runs)
+            if len(offsets) + len(runs) > _BATCH_ENTRIES:
+                yield batch, self._as_runs(offsets, runs)
+                batch, offsets, runs = [], [], []
+        if batch:
+            yield batch, self._as_runs(offsets, runs)
+
+    def _collect(
+        self, entries: array[int], offsets: list[int], runs: list[tuple[int, int]]
+    ) -> None:
+        """Add the clusters of plain entries to ``offsets``, those of others to ``runs``."""
+        plain = _without(entries, COPIED | ZERO)
+        if _any(plain, self._bad):
+            runs += self._mapping.references(entries, 0)
+        else:
+            offsets += filter(None, plain)
+
+    def _as_runs(self, offsets: list[int], runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        offsets.sort()
+        bits, step = self._bits, 1 << self._bits
+        start = end = offsets[0]
+        for offset in offsets:
+            if offset == end:
+                end += step
+            else:
+                runs.append((start >> bits, (end - start) >> bits))
+                start, end = offset, offset + step
+        runs.append((start >> bits, (end - start) >> bits))
+        return runs
 
     async def _set_flags(self) -> None:
         """Set the copied flags of the active tables where refcounts are one, and only there."""
@@ -335,11 +380,20 @@ class Snapshots:
     async def _flagged(self, entries: array[int]) -> array[int]:
         """The entries with the flags that refcounts call for."""
         refcounts = self._image.refcounts
+        span = self._image.geometry.refcount_block_entries
+        block, block_counts = -1, array("B")
         flagged, plain = _without(entries, COPIED), _without(entries, COPIED | ZERO)
         for index, end in self._runs(plain):
             if plain[index] & COMPRESSED:
                 continue
             cluster = (plain[index] & OFFSET_MASK) >> self._bits
+            if end == index + 1:
+                number, position = divmod(cluster, span)
+                if number != block:
+                    block, block_counts = number, await refcounts.counts(number * span, span)
+                if block_counts[position] == 1:
+                    flagged[index] |= COPIED
+                continue
             while index < end:
                 counts = await refcounts.counts(cluster, end - index)
                 stop = index + len(counts)
@@ -374,18 +428,6 @@ class Snapshots:
             self._image.overlap.check(offset, size, own=_ANY_L2)
             await self._image.storage.write(offset, store_table(new))
 
-    def _references(self, table: int, entries: array[int]) -> list[tuple[int, int]]:
-        """The (first, count) runs of host clusters that an L2 table and its entries refer to."""
-        plain = _without(entries, COPIED | ZERO)
-        runs = [(table >> self._bits, 1)]
-        for index, end in self._runs(plain):
-            entry = plain[index]
-            if entry & self._bad:
-                runs += self._mapping.references(entries[index:end], index)
-            else:
-                runs.append((entry >> self._bits, end - index))
-        return _merged(runs)
-
     def _runs(self, plain: array[int]) -> Iterator[tuple[int, int]]:
         """From where to where entries that hold something name consecutive clusters."""
         find, step, total = Slice(plain).run_end, 1 << self._bits, len(plain)
@@ -406,23 +448,16 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) < 20
 
 
-def _merged(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same references in fewer, longer runs."""
-    runs.sort()
-    merged = runs[:1]
-    for first, count in runs[1:]:
-        start, length = merged[-1]
-        if start + length == first:
-            merged[-1] = (start, length + count)
-        else:
-            merged.append((first, count))
-    return merged
-
-
 def _without(words: array[int], bits: int) -> array[int]:
     """The words with ``bits`` cleared; all of them at once, as one long number."""
     mask = int.from_bytes(array("Q", (~bits & _WORD,)) * len(words), "little")
     return _words(int.from_bytes(words.tobytes(), "little") & mask, len(words))
+
+
+def _any(words: array[int], bits: int) -> bool:
+    """Whether one of ``bits`` is set in one of the words."""
+    mask = int.from_bytes(array("Q", (bits,)) * len(words), "little")
+    return bool(int.from_bytes(words.tobytes(), "little") & mask)
 
 
 def _with(words: array[int], bits: int) -> array[int]:
