@@ -35,8 +35,8 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--size", type=int, default=1024, help="MiB of data in an image")
-    parser.add_argument("--runs", type=int, default=5, help="runs of each command")
+    parser.add_argument("--size", type=int, default=2048, help="MiB of data in an image")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each command")
     parser.add_argument(
         "--where", default="tmpfs,disk", help="tmpfs, disk or folders, separated by commas"
     )

@@ -74,7 +74,7 @@ commit onraw.qcow2
 commit -f qcow2 onraw.qcow2
 commit short.qcow2
 commit --image-opts driver=qcow2,file.filename=top.qcow2
-commit --image-opts driver=qcow2,file.filename=top.qcow2,backing.driver=qcow2,backing.file.filename=new.qcow2
+commit --image-opts driver=qcow2,file.filename=top.qcow2,backing.file.filename=new.qcow2
 commit
 commit base.qcow2
 commit plain.raw

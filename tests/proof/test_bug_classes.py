@@ -163,16 +163,19 @@ def test_a_backing_file_that_is_the_image_itself_is_refused(
     (tmp_path / "sub").mkdir()
     for name in ("a.qcow2", str(a), "link.qcow2", "./a.qcow2", "sub/../a.qcow2"):
         qemu_img("rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", name, a)
-        with pytest.raises(FormatError, match="loop"):
-            run(Disk.open(a))
+        for writable in (False, True):
+            # Writable, the image's own lock must not be taken for somebody else's.
+            with pytest.raises(FormatError, match="loop"):
+                run(Disk.open(a, writable=writable))
         for command in ("info --backing-chain", "map"):
             code, _, said = blk("img", *command.split(), a, check=False)
             assert code == 1, command
             assert "loop" in said
     qemu_img("rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", "b.qcow2", a)
     qemu_img("rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", "link.qcow2", b)
-    with pytest.raises(FormatError, match="loop"):
-        run(Disk.open(b))
+    for writable in (False, True):
+        with pytest.raises(FormatError, match="loop"):
+            run(Disk.open(b, writable=writable))
 
 
 def test_a_crafted_header_does_not_make_the_file_grow(qemu_img: Oracle, tmp_path: Path) -> None:

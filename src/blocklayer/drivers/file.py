@@ -15,8 +15,8 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
@@ -187,6 +187,15 @@ class FileDriver(ProtocolDriver):
     def identity(self) -> object:
         """The file's place in its file system."""
         status = os.fstat(self._fd)
+        return status.st_dev, status.st_ino
+
+    @classmethod
+    def identity_of(cls, options: Mapping[str, Any]) -> object | None:
+        """The file's place in its file system."""
+        try:
+            status = os.stat(str(options.get("filename")))
+        except (OSError, ValueError):
+            return None
         return status.st_dev, status.st_ino
 
     def actual_size(self) -> int:

@@ -17,7 +17,7 @@ its children and moves none of them. A **filter driver** shows one child, change
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import msgspec
@@ -187,6 +187,11 @@ class ProtocolDriver(Driver):
         """Equal for two nodes that store to the same place; None if that cannot be told."""
         return None
 
+    @classmethod
+    def identity_of(cls, options: Mapping[str, Any]) -> object | None:
+        """The ``identity`` that a node opened with ``options`` would have, if that can be told."""
+        return None
+
     async def read(self, offset: int, view: memoryview) -> None:
         """Fill ``view``."""
         raise UnsupportedError(f"Driver '{self.NAME}' cannot read")
@@ -241,6 +246,10 @@ class FormatDriver(Driver):
     def backing_reference(self) -> BackingReference | None:
         """What the image's header says of its backing file."""
         return None
+
+    async def storage_has_holes(self) -> bool:
+        """Whether to ask the child of a ``recurse`` extent; only block status needs to know."""
+        return True
 
     async def allocate(self, offset: int, length: int) -> Allocation:
         """Set space aside for a write at ``offset`` of up to ``length`` bytes; readers see no

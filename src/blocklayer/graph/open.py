@@ -245,15 +245,14 @@ async def _open_chain(graph: Graph, top: Node) -> None:
     seen = {_identity(top)} - {None}
     layer, depth = top, 1
     while True:
-        below = await _open_backing(graph, layer)
+        below = await _open_backing(graph, layer, seen)
         if below is None:
             return
         depth += 1
         try:
             graph.policy.check_depth(top.filename, depth)
             identity = _identity(below)
-            if identity is not None and identity in seen:
-                raise FormatError(f"Backing file '{below.filename}' creates an infinite loop.")
+            _check_loop(identity, seen, below.filename)
             seen.add(identity)
             graph.attach(layer, "backing", below, Role.BACKING)
         except BaseException:
@@ -265,13 +264,29 @@ async def _open_chain(graph: Graph, top: Node) -> None:
         layer = below
 
 
+def _check_loop(identity: object | None, seen: set[object | None], name: object) -> None:
+    if identity is not None and identity in seen:
+        raise FormatError(f"Backing file '{name}' creates an infinite loop.")
+
+
 def _identity(node: Node) -> object | None:
     driver = storage_of(node).driver
     return driver.identity() if isinstance(driver, ProtocolDriver) else None
 
 
-async def _open_backing(graph: Graph, node: Node) -> Node | None:
-    """Open the node below ``node``, from its options or from what its image says; without chain."""
+def _identity_of(graph: Graph, storage: object) -> object | None:
+    """The identity of storage that is not open yet, as far as its options tell it."""
+    if not isinstance(storage, Mapping) or "driver" not in storage:
+        return None
+    driver = graph.registry.load(str(storage["driver"]))
+    return driver.identity_of(storage) if issubclass(driver, ProtocolDriver) else None
+
+
+async def _open_backing(graph: Graph, node: Node, seen: set[object | None]) -> Node | None:
+    """Open the node below ``node``, from its options or from what its image says; without chain.
+
+    ``seen`` are the identities of the layers above.
+    """
     driver = node.driver
     if not isinstance(driver, FormatDriver) or not driver.supports_backing:
         return None
@@ -288,6 +303,8 @@ async def _open_backing(graph: Graph, node: Node) -> Node | None:
                 raise UsageError(f"'{node.filename}' has no backing file to give options for")
             return None
         options = _named_backing(graph, node, reference.filename, reference.format, options)
+        # Before it is opened: its lock would be in our own way, and that would be the message.
+        _check_loop(_identity_of(graph, options.get("file")), seen, reference.filename)
     try:
         return await _open_one(graph, options, node.flags.inherited(Role.BACKING))
     except BlockError as error:

@@ -59,12 +59,14 @@ def _keep(runs: list[Run], run: Run) -> None:
 
 async def _walk(node: Node, offset: int, length: int, holes: bool = False) -> Run:
     """Follow ``offset`` from ``node`` down to where its bytes end."""
-    layer, depth = node, 0
+    layer, depth, reach = node, 0, offset + length
     while True:
         generation, start, end, below = layer.gap
         if generation != layer.generation or not start <= offset < end:
             generation = layer.generation
-            extent = await layer.driver.map(offset, length)
+            # Asked as far as the request goes, not as the layers above let it show: what a layer
+            # lacks is then known for the next runs too.
+            extent = await layer.driver.map(offset, reach - offset)
             length = min(length, extent.length)
             if extent.kind is not Kind.UNALLOCATED:
                 return await _settle(layer, depth, extent, offset, length, holes)
@@ -75,7 +77,7 @@ async def _walk(node: Node, offset: int, length: int, holes: bool = False) -> Ru
             # It need not be asked again for each run of the layers below.
             layer.gap = (generation, offset, end, below)
         length = min(length, end - offset)
-        layer, depth = below, depth + 1
+        layer, depth, reach = below, depth + 1, min(reach, below.size)
 
 
 async def _settle(
@@ -89,10 +91,12 @@ async def _settle(
     if kind is not Kind.DATA or place is None or extent.child is None:
         home = None if place is None else storage
         return Run(offset, length, kind, layer, depth, home, place)
+    assert isinstance(layer.driver, FormatDriver)
+    holes = holes and extent.recurse and await layer.driver.storage_has_holes()
     if isinstance(storage.driver, ProtocolDriver):
-        if holes and extent.recurse and place >= storage.size:
+        if holes and place >= storage.size:
             kind = Kind.ZERO
-        elif holes and extent.recurse:
+        elif holes:
             below = await storage.driver.map(place, min(length, storage.size - place))
             kind, length = below.kind, min(length, below.length)
         inner = Run(place, length, kind, storage, 0, storage, place)
@@ -100,9 +104,9 @@ async def _settle(
         inner = Run(place, length, Kind.ZERO, storage, 0)
     else:
         length = min(length, storage.size - place)
-        inner = await _walk(storage, place, length, holes and extent.recurse)
+        inner = await _walk(storage, place, length, holes)
     # A driver that moves nothing shows its child as it is; elsewhere a hole is mapped all the same.
-    hole = inner.kind is Kind.ZERO and getattr(layer.driver, "relocates", False)
+    hole = inner.kind is Kind.ZERO and layer.driver.relocates
     return Run(
         offset, min(length, inner.length), inner.kind, layer, depth, inner.storage,
         inner.host_offset, extent.compressed, hole=hole,

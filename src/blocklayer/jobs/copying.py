@@ -30,8 +30,8 @@ from blocklayer.jobs.threads import Threads, crew
 from blocklayer.jobs.writing import Writer, gaps, spans, store_all
 from blocklayer.units import KIB, MIB, align_down, align_up
 
-CHUNK_SIZE = 2 * MIB
-DEFAULT_WORKERS = 8
+CHUNK_SIZE = 4 * MIB
+DEFAULT_WORKERS = 4
 DEFAULT_SPARSE_SIZE = 4 * KIB
 
 
@@ -123,13 +123,21 @@ class Copier:
         )
         chunks = gatherer.chunks(pieces)
         try:
-            with Threads(options.workers) as threads:
-                await crew(options.workers, lambda: self._work(chunks, gatherer.limit, threads))
+            # A file takes one write at a time: more threads would spin on its lock, not help.
+            with Threads(options.workers) as loaders, Threads(1) as storer:
+                await crew(
+                    options.workers,
+                    lambda: self._work(chunks, gatherer.limit, loaders, storer),
+                )
         finally:
             await chunks.aclose()
 
     async def _work(
-        self, chunks: AsyncGenerator[Chunk, None], capacity: int, threads: Threads
+        self,
+        chunks: AsyncGenerator[Chunk, None],
+        capacity: int,
+        loaders: Threads,
+        storer: Threads,
     ) -> None:
         buffer = new_buffer(capacity)
         while True:
@@ -143,7 +151,7 @@ class Copier:
                     await self._pace.wait(chunk.length)
                     ticket, self._ticket = self._ticket, self._ticket + 1
                     await self._enter(chunk, requests)
-                await self._copy_chunk(chunk, buffer, ticket, threads)
+                await self._copy_chunk(chunk, buffer, ticket, loaders, storer)
             self.done += chunk.covered
             if self._progress is not None:
                 self._progress(self.done)
@@ -158,9 +166,9 @@ class Copier:
                     await requests.enter_async_context(entered.request())
 
     async def _copy_chunk(
-        self, chunk: Chunk, buffer: memoryview, ticket: int, threads: Threads
+        self, chunk: Chunk, buffer: memoryview, ticket: int, loaders: Threads, storer: Threads
     ) -> None:
-        await self._read(chunk, buffer, threads)
+        await self._read(chunk, buffer, loaders)
         if self.options.in_order:
             await self._turns.wait(ticket)
         node = self.target.node
@@ -171,7 +179,7 @@ class Copier:
                 if isinstance(node.driver, FormatDriver) and node.driver.relocates:
                     start, end = align_down(chunk.start, self.unit), align_up(chunk.end, self.unit)
                     await held.enter_async_context(node.claims.claim(start, end))
-                await self._write(chunk, buffer, threads)
+                await self._write(chunk, buffer, storer)
             if not self.options.zeros_known:
                 for segment in chunk.segments:
                     zeros += gaps(segment, self.unit)
@@ -183,11 +191,11 @@ class Copier:
             except BlockError as error:
                 raise located("writing", start, error) from error
 
-    async def _read(self, chunk: Chunk, buffer: memoryview, threads: Threads) -> None:
+    async def _read(self, chunk: Chunk, buffer: memoryview, loaders: Threads) -> None:
         """Fill ``buffer`` with the chunk's segments and find the zeros in it."""
         loads = await self._reader.prepare(chunk.placed(), buffer)
         if chunk.segments:
-            await threads.run(self._fill, chunk, loads, buffer)
+            await loaders.run(self._fill, chunk, loads, buffer)
 
     def _fill(self, chunk: Chunk, loads: list[Load], buffer: memoryview) -> None:
         self._reader.fill(loads, buffer)
@@ -216,7 +224,7 @@ class Copier:
                     found[offset] = packed
         return found
 
-    async def _write(self, chunk: Chunk, buffer: memoryview, threads: Threads) -> None:
+    async def _write(self, chunk: Chunk, buffer: memoryview, storer: Threads) -> None:
         """Allocate in turn, store, commit. The chunk's range is claimed."""
         node = self.target.node
         driver = node.driver
@@ -231,7 +239,7 @@ class Copier:
             self._turns.passed()
             stores = await writer.store_on_loop()
             if stores:
-                await threads.run(store_all, stores)
+                await storer.run(store_all, stores)
             if isinstance(driver, FormatDriver):
                 while writer.pending:
                     await driver.commit(writer.pending[0])

@@ -108,7 +108,8 @@ class Convert(Command):
         str | None, Option("bytes per second at most", "r", "RATE", also=("rate-limit",))
     ] = None
     parallel: Annotated[
-        str, Option(f"chunks in flight, 1 to {_MOST_WORKERS} (default 8)", "m", "COUNT")
+        str,
+        Option(f"chunks in flight, 1 to {_MOST_WORKERS} (default {DEFAULT_WORKERS})", "m", "COUNT"),
     ] = str(DEFAULT_WORKERS)
     oob_writes: Annotated[
         bool, Option("allocate in any order, which may be faster and fragment the target", "W")

@@ -48,6 +48,7 @@ from blocklayer.graph.driver import (
     SnapshotInfo,
 )
 from blocklayer.graph.extent import Allocation, Extent
+from blocklayer.graph.waiting import in_place
 from blocklayer.units import align_up
 
 if TYPE_CHECKING:
@@ -207,7 +208,8 @@ class Qcow2Driver(FormatDriver):
 
     def _schedule_cleaning(self) -> None:
         interval_s = self.image.settings.clean_interval_s
-        if interval_s:
+        # In place no loop runs between requests: the timer would never fire, and never go away.
+        if interval_s and not in_place():
             loop = asyncio.get_running_loop()
             self._clean_timer = loop.call_later(interval_s, self._clean)
 
@@ -280,6 +282,10 @@ class Qcow2Driver(FormatDriver):
             info.corrupt = bool(corrupt)
             info.extended_l2 = header.extended_l2
         return info
+
+    async def storage_has_holes(self) -> bool:
+        """Preallocated clusters, perhaps: their data is in the file's holes."""
+        return await self.mapping.storage_has_holes()
 
     async def map(self, offset: int, length: int) -> Extent:
         """Where the guest's bytes live."""

@@ -45,7 +45,7 @@ class Mapping:
         if geometry.version == 2:
             self._bad |= ZERO
         self._sparse: bool | None = None
-        """Whether the file has less space than the clusters in use need: it may know of holes."""
+        """The answer of ``storage_has_holes``, once it is known."""
 
     async def map(self, offset: int, length: int) -> Extent:
         """The extent at ``offset``."""
@@ -83,9 +83,6 @@ class Mapping:
             if found.checked != self._image.overlap.version:
                 await self._verify(found, offset)
                 return await self.map(offset, length)
-        if self._sparse is None and entry & OFFSET_MASK and not entry & (ZERO | COMPRESSED):
-            self._sparse = await self._is_sparse()
-            return await self.map(offset, length)
         return self._extent(entry, offset, length)
 
     def _extent(self, entry: int, offset: int, length: int) -> Extent:
@@ -102,11 +99,15 @@ class Mapping:
             return Extent(offset, length, Kind.UNALLOCATED)
         place += offset & self._cluster_mask
         writable = bool(entry & COPIED) and self._image.writable
-        recurse = bool(self._sparse)
-        return Extent(offset, length, Kind.DATA, place, child, writable, recurse=recurse)
+        return Extent(offset, length, Kind.DATA, place, child, writable, recurse=True)
+
+    async def storage_has_holes(self) -> bool:
+        """Whether the file has less space than the clusters in use need; looked at once."""
+        if self._sparse is None:
+            self._sparse = await self._is_sparse()
+        return self._sparse
 
     async def _is_sparse(self) -> bool:
-        """Compare the file's space with the refcounts; looked at once, when first of interest."""
         image = self._image
         present = image.storage.node.driver.actual_size()
         if present is None or present >= image.storage.size:

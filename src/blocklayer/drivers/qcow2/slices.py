@@ -78,18 +78,15 @@ def _run_end(entries: array[int], start: int, step: int) -> int:
         zeros = _ZEROS.match(entries, start * entries.itemsize)
         assert zeros is not None
         return zeros.end() // entries.itemsize
-    if good < total and entries[good] != entries[start] + step:
-        return good
     while good < total:
         bad = min(total, good + stride)
-        if entries[good:bad] == _progression(entries[start], step, good - start, bad - start):
+        if _goes_on(entries, start, step, good, bad):
             good = bad
             stride *= 8
             continue
         while bad - good > 1:
             middle = (good + bad) // 2
-            wanted = _progression(entries[start], step, good - start, middle - start)
-            if entries[good:middle] == wanted:
+            if _goes_on(entries, start, step, good, middle):
                 good = middle
             else:
                 bad = middle
@@ -97,11 +94,17 @@ def _run_end(entries: array[int], start: int, step: int) -> int:
     return total
 
 
-def _progression(first: int, step: int, begin: int, end: int) -> array[int]:
-    """``first + step * i`` for ``begin <= i < end``."""
-    if step == 0:
-        return array("Q", (first,)) * (end - begin)
-    return array("Q", range(first + step * begin, first + step * end, step))
+def _goes_on(entries: array[int], start: int, step: int, begin: int, end: int) -> bool:
+    """Whether ``entries[begin:end]`` go on from ``entries[start]``, ``step`` more each."""
+    first = entries[start] - start * step
+    # The last entry betrays nearly every run that ends before it.
+    if entries[end - 1] != first + (end - 1) * step:
+        return False
+    if step:
+        wanted = array("Q", range(first + begin * step, first + end * step, step))
+    else:
+        wanted = array("Q", (first,)) * (end - begin)
+    return entries[begin:end] == wanted
 
 
 class SliceCache:
