@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import shutil
 from collections.abc import Awaitable, Callable
@@ -553,5 +554,37 @@ def test_nth_failure(change: str, kinds: tuple[str, ...]) -> None:
             await root.close()
             for name in names:
                 await holds(disk, name, kept[name], nth)
+
+    run(main())
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_requests_meanwhile(change: str) -> None:
+    """Each write comes before the change or after it, as a whole, and none is lost."""
+
+    async def main() -> None:
+        disk, kept = await with_snapshots()
+        root = await take(disk)
+        before = await read_all(root)
+        disk.concurrent = True
+        writes = [root.write(at * 1500, bytes([at + 1]) * 1500) for at in range(30)]
+        half = len(writes) // 2
+        await asyncio.gather(*writes[:half], CHANGES[change](root), *writes[half:])
+        after = await read_all(root)
+        for at in range(half, len(writes)):
+            assert after[at * 1500 : (at + 1) * 1500] == bytes([at + 1]) * 1500
+        await root.close()
+        for name, content in kept.items():
+            if change != f"delete the {name}":
+                await holds(disk, name, content)
+        if change == "create":
+            new = await shown(disk, "new")
+            for at in range(len(writes)):
+                piece = new[at * 1500 : (at + 1) * 1500]
+                assert piece in (bytes([at + 1]) * 1500, before[at * 1500 : (at + 1) * 1500])
+        root = await take(disk)
+        found = await check(root)
+        assert (found.corruptions, found.leaks) == (0, 0), found.messages
+        await root.close()
 
     run(main())
