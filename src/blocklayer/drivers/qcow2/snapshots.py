@@ -26,9 +26,12 @@ from blocklayer.codec.qcow2.entries import (
     L2_RESERVED,
     OFFSET_MASK,
     ZERO,
+    any_bits,
+    clear_bits,
     decode_l1,
     encode_l1,
     load_table,
+    set_bits,
     store_table,
 )
 from blocklayer.codec.qcow2.geometry import MAX_L1_TABLE_SIZE
@@ -50,7 +53,6 @@ if TYPE_CHECKING:
 _NS: Final = 1_000_000_000
 _BATCH_ENTRIES: Final = 1 << 19
 """Entries that are looked at together: some tens of megabytes."""
-_WORD: Final = (1 << 64) - 1
 _ANY_L2: Final = overlap.ACTIVE_L2 | overlap.INACTIVE_L2
 
 
@@ -82,7 +84,7 @@ class Snapshots:
         claimed: list[tuple[int, int]] = []
         try:
             await self._share_all(image.l1, shared)
-            l1 = _without(image.l1, COPIED)
+            l1 = clear_bits(image.l1, COPIED)
             snapshot.l1_table_offset = await self._claim(len(l1) * 8, claimed)
             await self._write(snapshot.l1_table_offset, store_table(l1))
             await self._replace_l1(l1)
@@ -146,7 +148,7 @@ class Snapshots:
                 "which is too large"
             )
         await self._begin()
-        l1 = _without(await self._read_l1(snapshot), COPIED)
+        l1 = clear_bits(await self._read_l1(snapshot), COPIED)
         l1.extend(array("Q", bytes(8 * (entries - len(l1)))))
         await self._mark_dirty()
         old, old_offset = image.l1, image.header.l1_table_offset
@@ -325,7 +327,7 @@ class Snapshots:
         for table in tables:
             entries = await self._table(table)
             if clear:
-                await self._update_table(table, entries, _without(entries, COPIED))
+                await self._update_table(table, entries, clear_bits(entries, COPIED))
             batch.append(table)
             offsets.append(table)
             self._collect(entries, offsets, runs)
@@ -339,8 +341,8 @@ class Snapshots:
         self, entries: array[int], offsets: list[int], runs: list[tuple[int, int]]
     ) -> None:
         """Add the clusters of plain entries to ``offsets``, those of others to ``runs``."""
-        plain = _without(entries, COPIED | ZERO)
-        if _any(plain, self._bad):
+        plain = clear_bits(entries, COPIED | ZERO)
+        if any_bits(plain, self._bad):
             runs += self._mapping.references(entries, 0)
         else:
             offsets += filter(None, plain)
@@ -382,7 +384,7 @@ class Snapshots:
         refcounts = self._image.refcounts
         span = self._image.geometry.refcount_block_entries
         block, block_counts = -1, array("B")
-        flagged, plain = _without(entries, COPIED), _without(entries, COPIED | ZERO)
+        flagged, plain = clear_bits(entries, COPIED), clear_bits(entries, COPIED | ZERO)
         for index, end in self._runs(plain):
             if plain[index] & COMPRESSED:
                 continue
@@ -398,7 +400,7 @@ class Snapshots:
                 counts = await refcounts.counts(cluster, end - index)
                 stop = index + len(counts)
                 if counts.count(1) == len(counts):
-                    flagged[index:stop] = _with(flagged[index:stop], COPIED)
+                    flagged[index:stop] = set_bits(flagged[index:stop], COPIED)
                 elif 1 in counts:
                     for number, count in enumerate(counts):
                         if count == 1:
@@ -446,27 +448,3 @@ class Snapshots:
 
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) < 20
-
-
-def _without(words: array[int], bits: int) -> array[int]:
-    """The words with ``bits`` cleared; all of them at once, as one long number."""
-    mask = int.from_bytes(array("Q", (~bits & _WORD,)) * len(words), "little")
-    return _words(int.from_bytes(words.tobytes(), "little") & mask, len(words))
-
-
-def _any(words: array[int], bits: int) -> bool:
-    """Whether one of ``bits`` is set in one of the words."""
-    mask = int.from_bytes(array("Q", (bits,)) * len(words), "little")
-    return bool(int.from_bytes(words.tobytes(), "little") & mask)
-
-
-def _with(words: array[int], bits: int) -> array[int]:
-    """The words with ``bits`` set."""
-    mask = int.from_bytes(array("Q", (bits,)) * len(words), "little")
-    return _words(int.from_bytes(words.tobytes(), "little") | mask, len(words))
-
-
-def _words(number: int, count: int) -> array[int]:
-    words = array("Q")
-    words.frombytes(number.to_bytes(count * 8, "little"))
-    return words
