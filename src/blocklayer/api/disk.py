@@ -14,9 +14,10 @@ from typing import Any, Final
 from blocklayer.api.map import MapEntry, map_entries
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import UsageError
+from blocklayer.graph import snapshots
 from blocklayer.graph.amend import amend
 from blocklayer.graph.create import create_image
-from blocklayer.graph.driver import Buffer
+from blocklayer.graph.driver import Buffer, SnapshotInfo
 from blocklayer.graph.gate import Policy
 from blocklayer.graph.graph import Graph
 from blocklayer.graph.node import Flags
@@ -59,6 +60,7 @@ class Disk:
         detect_zeroes: str = "off",
         repair: bool = False,
         one_pass: bool = False,
+        snapshot: str | None = None,
         policy: Policy | None = None,
         graph: Graph | None = None,
     ) -> Disk:
@@ -67,7 +69,8 @@ class Disk:
         ``backing`` False leaves the backing chain closed. ``force_share`` reads an image that
         another process writes. ``cache`` is a name from ``CACHE_MODES``. ``repair`` lets an image
         that is marked dirty or corrupt in as it is, to be checked. ``one_pass`` keeps caches small,
-        for who goes through the disk once. Raises BlockError.
+        for who goes through the disk once. ``snapshot``, an id or a name, shows that internal
+        snapshot in place of the disk, read-only. Raises BlockError.
         """
         if cache not in CACHE_MODES:
             raise UsageError(f"Invalid cache mode '{cache}': use one of {', '.join(CACHE_MODES)}")
@@ -89,6 +92,8 @@ class Disk:
         if writable:
             taken |= Permission.WRITE | Permission.RESIZE
         try:
+            if snapshot is not None:
+                await snapshots.load(node, snapshots.get(node, snapshot))
             return cls(Root(node, "the disk", taken, write_through=write_through))
         except BaseException:
             await where.release(node)
@@ -155,6 +160,22 @@ class Disk:
         Raises UsageError or UnsupportedError before anything has changed.
         """
         await amend(self.root, options, progress)
+
+    def snapshots(self) -> list[SnapshotInfo]:
+        """The internal snapshots, oldest first."""
+        return list(snapshots.listed(self.root.node))
+
+    async def create_snapshot(self, name: str) -> SnapshotInfo:
+        """Keep what the disk holds now inside the image; requests wait until that is done."""
+        return await snapshots.create(self.root, name)
+
+    async def apply_snapshot(self, snapshot: str) -> None:
+        """Let the disk hold, and be as large as, what it was at the snapshot of this id or name."""
+        await snapshots.apply(self.root, snapshots.get(self.root.node, snapshot))
+
+    async def delete_snapshot(self, snapshot: str) -> None:
+        """Drop the internal snapshot of this id or, if there is none, of this name."""
+        await snapshots.delete(self.root, snapshots.get(self.root.node, snapshot))
 
     async def map(self, offset: int = 0, length: int | None = None) -> AsyncIterator[MapEntry]:
         """Where the bytes of ``[offset, offset + length)`` live, run by run."""

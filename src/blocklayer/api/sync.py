@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from blocklayer.api import disk as aio
 from blocklayer.api.map import MapEntry
 from blocklayer.graph import waiting
-from blocklayer.graph.driver import Buffer
+from blocklayer.graph.driver import Buffer, SnapshotInfo
 
 T = TypeVar("T")
 
@@ -101,6 +101,22 @@ class Disk:
     def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
         """Change the size; ``shrink`` allows losing the tail."""
         run(self.aio.resize(size, preallocation=preallocation, shrink=shrink))
+
+    def snapshots(self) -> list[SnapshotInfo]:
+        """The internal snapshots, oldest first."""
+        return self.aio.snapshots()
+
+    def create_snapshot(self, name: str) -> SnapshotInfo:
+        """Keep what the disk holds now inside the image."""
+        return run(self.aio.create_snapshot(name))
+
+    def apply_snapshot(self, snapshot: str) -> None:
+        """Let the disk hold, and be as large as, what it was at the snapshot of this id or name."""
+        run(self.aio.apply_snapshot(snapshot))
+
+    def delete_snapshot(self, snapshot: str) -> None:
+        """Drop the internal snapshot of this id or, if there is none, of this name."""
+        run(self.aio.delete_snapshot(snapshot))
 
     def map(self, offset: int = 0, length: int | None = None) -> Iterator[MapEntry]:
         """Where the bytes of ``[offset, offset + length)`` live, run by run."""

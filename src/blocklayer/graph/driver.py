@@ -114,6 +114,8 @@ class Driver:
     Options: ClassVar[type[NodeOptions]] = NodeOptions
     CreateOptions: ClassVar[type[CreateOptions] | None] = None
     supports_backing: ClassVar[bool] = False
+    supports_snapshots: ClassVar[bool] = False
+    """Images can hold internal snapshots: a format that says so answers to ``snapshot_…``."""
 
     zero_alignment: int = 1
     discard_alignment: int = 1
@@ -328,6 +330,24 @@ class FormatDriver(Driver):
     async def make_empty(self) -> None:
         """Drop everything this layer holds, so that the backing child shows through."""
         raise UnsupportedError(f"Format '{self.NAME}' cannot be emptied")
+
+    async def snapshot_create(self, name: str) -> SnapshotInfo:
+        """Keep what the disk holds now inside the image. Of these four, each is called drained
+        (``graph.snapshots`` sees to that), and an identifier is that of a known snapshot.
+        """
+        raise UnsupportedError(f"Format '{self.NAME}' does not support internal snapshots")
+
+    async def snapshot_apply(self, identifier: str) -> None:
+        """Let the disk hold what it held at a snapshot; its size may change."""
+        raise UnsupportedError(f"Format '{self.NAME}' does not support internal snapshots")
+
+    async def snapshot_delete(self, identifier: str) -> None:
+        """Drop a snapshot and what only it held."""
+        raise UnsupportedError(f"Format '{self.NAME}' does not support internal snapshots")
+
+    async def snapshot_load(self, identifier: str) -> None:
+        """Until it is closed, let the read-only node show a snapshot in place of the disk."""
+        raise UnsupportedError(f"Format '{self.NAME}' does not support internal snapshots")
 
     async def check(self, repair: frozenset[str]) -> CheckResult:
         """Compare all metadata; ``repair`` is a subset of {"leaks", "errors"}."""

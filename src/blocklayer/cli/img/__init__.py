@@ -20,4 +20,5 @@ COMMANDS: Final = {
     "measure": f"{_HERE}.measure:Measure",
     "rebase": f"{_HERE}.rebase:Rebase",
     "resize": f"{_HERE}.resize:Resize",
+    "snapshot": f"{_HERE}.snapshot:Snapshot",
 }

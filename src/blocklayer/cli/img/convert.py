@@ -22,6 +22,7 @@ from blocklayer.cli.common import (
     size_argument,
 )
 from blocklayer.cli.img.create import options_help
+from blocklayer.cli.img.snapshot import load_snapshot
 from blocklayer.cli.img.target import Unfinished, check_distinct, create_target
 from blocklayer.cli.options import Command, Option
 from blocklayer.drivers import REGISTRY
@@ -57,6 +58,16 @@ class Convert(Command):
             also=("source-image-opts",),
         ),
     ] = False
+    snapshot: Annotated[
+        str | None,
+        Option(
+            "copy this internal snapshot of the source: snapshot.id=ID,snapshot.name=NAME, or "
+            "either of them alone",
+            "l",
+            "SNAPSHOT",
+            also=("source-snapshot",),
+        ),
+    ] = None
     source_cache: Annotated[
         str, Option("cache mode of the sources (default writeback)", "T", "CACHE_MODE")
     ] = "writeback"
@@ -123,6 +134,8 @@ class Convert(Command):
                 await opened.enter_async_context(await self._open_source(name, graph))
                 for name in names
             ]
+            if self.snapshot is not None:
+                await load_snapshot([disk.root.node for disk in sources], self.snapshot)
             await self._convert_to(target_name, [disk.root for disk in sources], options, graph)
         return 0
 

@@ -125,8 +125,7 @@ def _node_lines(info: ImageInfo, path: str, indent: str, *, is_child: bool) -> l
         lines.append("cleanly shut down: no")
     lines += _backing_lines(info)
     if info.snapshots:
-        lines += ["Snapshot list:", _SNAPSHOT_HEAD]
-        lines += [_snapshot_line(snapshot) for snapshot in info.snapshots]
+        lines += snapshot_lines(info.snapshots)
     if info.format_specific is not None:
         specific = tree(msgspec.to_builtins(info.format_specific.data), 1)
         lines += ["Format specific information:", *specific] if specific else []
@@ -171,6 +170,11 @@ def tree(value: Any, level: int) -> list[str]:
 _SNAPSHOT_HEAD = (
     f"{'ID':<7} {'TAG':<16} {'VM_SIZE':>8} {'DATE':>19} {'VM_CLOCK':>15} {'ICOUNT':>10}"
 )
+
+
+def snapshot_lines(snapshots: list[SnapshotInfo]) -> list[str]:
+    """The table of internal snapshots."""
+    return ["Snapshot list:", _SNAPSHOT_HEAD, *map(_snapshot_line, snapshots)]
 
 
 def _snapshot_line(snapshot: SnapshotInfo) -> str:

@@ -2,6 +2,7 @@
 
 Public:
     load_table(data) -> array('Q'), store_table(table) -> bytes       whole tables, big endian
+    clear_bits, set_bits(table, bits) -> array('Q'), any_bits(table, bits) -> bool   of every word
     ClusterKind: UNALLOCATED NORMAL ZERO_PLAIN ZERO_ALLOC COMPRESSED
     decode_l2(entry, geometry) -> (ClusterKind, host_offset)          CorruptionError if invalid
     l2_problem(entry, geometry) -> str | None                         the same verdict, for check
@@ -43,6 +44,7 @@ REFCOUNT_TABLE_RESERVED: Final = 0x1FF
 # The format allows 64 bits for a refcount block, files have 63.
 MAX_FILE_OFFSET: Final = 1 << 63
 
+_ALL_BITS: Final = (1 << 64) - 1
 _SECTOR_BITS: Final = 9
 _SECTOR_SIZE: Final = 1 << _SECTOR_BITS
 
@@ -81,6 +83,30 @@ def store_table(table: array[int]) -> bytes:
         table = table[:]
         table.byteswap()
     return table.tobytes()
+
+
+def clear_bits(words: array[int], bits: int) -> array[int]:
+    """The words with ``bits`` cleared; all of them at once, as one long number."""
+    mask = int.from_bytes(array("Q", (~bits & _ALL_BITS,)) * len(words), "little")
+    return _words(int.from_bytes(words.tobytes(), "little") & mask, len(words))
+
+
+def any_bits(words: array[int], bits: int) -> bool:
+    """Whether one of ``bits`` is set in one of the words."""
+    mask = int.from_bytes(array("Q", (bits,)) * len(words), "little")
+    return bool(int.from_bytes(words.tobytes(), "little") & mask)
+
+
+def set_bits(words: array[int], bits: int) -> array[int]:
+    """The words with ``bits`` set."""
+    mask = int.from_bytes(array("Q", (bits,)) * len(words), "little")
+    return _words(int.from_bytes(words.tobytes(), "little") | mask, len(words))
+
+
+def _words(number: int, count: int) -> array[int]:
+    words = array("Q")
+    words.frombytes(number.to_bytes(count * 8, "little"))
+    return words
 
 
 def decode_l2(entry: int, geometry: Geometry) -> tuple[ClusterKind, int]:

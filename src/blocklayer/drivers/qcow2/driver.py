@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import msgspec
 
@@ -55,8 +55,11 @@ from blocklayer.graph.waiting import in_place
 from blocklayer.units import align_up
 
 if TYPE_CHECKING:
+    from blocklayer.drivers.qcow2.snapshots import Snapshots
     from blocklayer.graph.graph import Graph
     from blocklayer.graph.node import Node
+
+T = TypeVar("T")
 
 _HEADER_PROBE_SIZE = 112
 _KNOWN_AUTOCLEAR = 0
@@ -80,6 +83,7 @@ class Qcow2Driver(FormatDriver):
     Options = Qcow2Options
     CreateOptions = Qcow2CreateOptions
     supports_backing: ClassVar[bool] = True
+    supports_snapshots: ClassVar[bool] = True
     relocates: ClassVar[bool] = True
 
     image: Image
@@ -200,7 +204,7 @@ class Qcow2Driver(FormatDriver):
         if self.image.writable:
             async with self.image.lock:
                 await flushing.write_all(self.image)
-                if not self.node.flags.repair:
+                if not self.node.flags.repair and not self.image.stays_dirty:
                     await self.image.set_dirty(False)
 
     def _schedule_cleaning(self) -> None:
@@ -401,6 +405,31 @@ class Qcow2Driver(FormatDriver):
         """Give up every cluster and table that the guest's disk has."""
         try:
             await self.zeroer.empty()
+        except CorruptionError as error:
+            raise await self._signal(error) from None
+
+    async def snapshot_create(self, name: str) -> SnapshotInfo:
+        """Keep what the disk holds now."""
+        return _snapshot_info(await self._on_snapshots(lambda them: them.create(name)))
+
+    async def snapshot_apply(self, identifier: str) -> None:
+        """Go back to what the disk held."""
+        await self._on_snapshots(lambda them: them.apply(them.find(identifier)))
+
+    async def snapshot_delete(self, identifier: str) -> None:
+        """Drop a snapshot."""
+        await self._on_snapshots(lambda them: them.delete(them.find(identifier)))
+
+    async def snapshot_load(self, identifier: str) -> None:
+        """Show a snapshot in place of the disk."""
+        await self._on_snapshots(lambda them: them.load(them.find(identifier)))
+
+    async def _on_snapshots(self, do: Callable[[Snapshots], Awaitable[T]]) -> T:
+        from blocklayer.drivers.qcow2.snapshots import Snapshots
+
+        try:
+            async with self.image.lock:
+                return await do(Snapshots(self.image, self.mapping, self.writer))
         except CorruptionError as error:
             raise await self._signal(error) from None
 

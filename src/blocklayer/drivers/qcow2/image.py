@@ -62,6 +62,8 @@ class Image:
         self.frees = Frees(self)
         self.trim = False
         """So much was given up that the file is to be cut to what is in use, at close."""
+        self.stays_dirty = False
+        """Copied flags on file may be wrong: the dirty bit is left for the next one to open it."""
         self._l1_bad = L1_RESERVED | (OFFSET_MASK & self.geometry.cluster_mask)
 
     @property

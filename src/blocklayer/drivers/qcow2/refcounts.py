@@ -166,6 +166,12 @@ class Refcounts:
         block = await self.block(index)
         return block.counts[position] if block else 0
 
+    async def counts(self, first: int, count: int) -> array[int]:
+        """The refcounts of the first of ``count`` clusters, as far as one block counts them."""
+        index, position = divmod(first, self.geometry.refcount_block_entries)
+        block = await self.block(index)
+        return (block.counts if block else self._zeros)[position : position + count]
+
     async def increase(self, first: int, count: int) -> None:
         """One reference more to each cluster; all of them or none."""
         done = 0
@@ -191,7 +197,7 @@ class Refcounts:
                 f"{first << self.geometry.cluster_bits:#x} would exceed the "
                 f"{self.geometry.refcount_bits} bits that the image has for it"
             )
-        block.put(position, array(part.typecode, [value + 1 for value in part]))
+        block.put(position, _shifted(part, 1))
         return len(part)
 
     async def decrease(self, first: int, count: int) -> tuple[int, list[tuple[int, int]]]:
@@ -209,8 +215,10 @@ class Refcounts:
             offset = (first + part.index(0)) << self.geometry.cluster_bits
             raise CorruptionError(f"Cannot free the cluster at host offset {offset:#x}: it is free")
         else:
-            zeroed = [(first + i, 1) for i, value in enumerate(part) if value == 1]
-            lower = array(part.typecode, [value - 1 for value in part])
+            zeroed = (
+                [(first + i, 1) for i, value in enumerate(part) if value == 1] if 1 in part else []
+            )
+            lower = _shifted(part, -1)
         assert block is not None
         block.put(position, lower)
         if zeroed:
@@ -311,3 +319,10 @@ class Refcounts:
                 cluster = index * self.geometry.refcount_block_entries + last + 1
                 return cluster << self.geometry.cluster_bits
         return 0
+
+
+def _shifted(counts: array[int], change: int) -> array[int]:
+    """``change`` more of each."""
+    if counts.count(counts[0]) == len(counts):
+        return array(counts.typecode, (counts[0] + change,)) * len(counts)
+    return array(counts.typecode, [value + change for value in counts])
