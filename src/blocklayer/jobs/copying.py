@@ -31,7 +31,7 @@ from blocklayer.jobs.writing import Writer, gaps, spans, store_all
 from blocklayer.units import KIB, MIB, align_down, align_up
 
 CHUNK_SIZE = 4 * MIB
-DEFAULT_WORKERS = 4
+DEFAULT_WORKERS = 3
 DEFAULT_SPARSE_SIZE = 4 * KIB
 
 
