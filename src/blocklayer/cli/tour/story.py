@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -196,6 +197,9 @@ def _make_file_system(image: Path, files: Path) -> bool:
 
 def _what_next(folder: Path) -> None:
     print(f"\nThe disks are yours to play with. Try:\n\n  cd {folder}")
+    beside = Path(sys.executable).with_name("blk")
+    if shutil.which("blk") is None and beside.exists():
+        print(f"  alias blk={beside}")
     for command in (
         "blk img create -f qcow2 -b small.qcow2 -F qcow2 mine.qcow2",
         "blk io -c 'write -P 0x42 1M 64k' -c 'read -v 1M 64' mine.qcow2",
