@@ -30,7 +30,9 @@ from blocklayer.jobs.threads import Threads, crew
 from blocklayer.jobs.writing import Writer, gaps, spans, store_all
 from blocklayer.units import KIB, MIB, align_down, align_up
 
-CHUNK_SIZE = 4 * MIB
+CHUNK_SIZE = 2 * MIB
+"""What is read and written at once. Less costs hand-overs; writes of 4 MiB at once sometimes take
+ext4 twice the processor time."""
 DEFAULT_WORKERS = 3
 DEFAULT_SPARSE_SIZE = 4 * KIB
 
