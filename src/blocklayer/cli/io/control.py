@@ -179,12 +179,10 @@ VERBS = (
         needs_image=False,
         summary="open the file specified by path",
         details="""\
-opens a new file in the requested mode
+makes an image the one that all other commands work on
 
 Example:
-'open -n -o driver=raw /tmp/data' - opens raw data file read-write, uncached
-
-Opens a file for subsequent use by all of the other commands.""",
+'open -r -o driver=qcow2 disk.qcow2' - opens a qcow2 image for reading only""",
     ),
     Verb(
         name="quit",
@@ -208,10 +206,10 @@ Opens a file for subsequent use by all of the other commands.""",
         operands=(0, 0),
         summary="reopens an image with new options",
         details="""\
-Changes the open options of an already opened image
+closes the image and opens it with other options; if they do not fit, with the old ones
 
 Example:
-'reopen -o lazy-refcounts=on' - activates lazy refcount writeback on a qcow2 image
+'reopen -r' - takes no more writes
 
 """,
     ),
@@ -224,13 +222,10 @@ Example:
         needs_image=False,
         summary="raises a signal",
         details="""\
-raises the given signal
+sends this process the signal of that number
 
 Example:
-'sigraise 15' - raises SIGTERM
-
-Invokes raise(signal), where "signal" is the mandatory integer argument
-given to sigraise.""",
+'sigraise 9' - ends as a crash would, with nothing written back""",
     ),
     Verb(
         name="sleep",

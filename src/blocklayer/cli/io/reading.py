@@ -124,13 +124,12 @@ VERBS = (
         most=None,
         summary="reads a number of bytes at a specified offset",
         details="""\
-reads a range of bytes from the given offset
+fills a buffer from the open image
 
 Example:
-'read -v 512 1k' - dumps 1 kilobyte read from 512 bytes into the file
+'read -v 64k 512' - shows the 512 bytes at 64 KiB as a hex dump
 
-Reads a segment of the currently open file, optionally dumping it to the
-standard output stream (with -v option) for subsequent inspection.""",
+With -P the command fails unless every byte is the pattern.""",
     ),
     Verb(
         name="readv",
@@ -142,14 +141,10 @@ standard output stream (with -v option) for subsequent inspection.""",
         most=None,
         summary="reads a number of bytes at a specified offset",
         details="""\
-reads a range of bytes from the given offset into multiple buffers
+fills several buffers from one place on, one for each length
 
 Example:
-'readv -v 512 1k 1k ' - dumps 2 kilobytes read from 512 bytes into the file
-
-Reads a segment of the currently open file, optionally dumping it to the
-standard output stream (with -v option) for subsequent inspection.
-Uses multiple buffers if more than one byte range is specified.""",
+'readv -v 64k 512 4k' - shows 4.5 KiB from 64 KiB on, read into two buffers""",
     ),
     Verb(
         name="aio_read",
@@ -161,13 +156,10 @@ Uses multiple buffers if more than one byte range is specified.""",
         most=None,
         summary="asynchronously reads a number of bytes",
         details="""\
-asynchronously reads a range of bytes from the given offset
+starts a read like readv's and goes on at once
 
 Example:
-'aio_read -v 512 1k 1k ' - dumps 2 kilobytes read from 512 bytes into the file
-
-Reads a segment of the currently open file, optionally dumping it to the
-standard output stream (with -v option) for subsequent inspection.
+'aio_read -P 7 64k 4k' - looks in the background whether 4 KiB hold sevens
 """
         + ASYNCHRONOUS.format(what="read"),
     ),

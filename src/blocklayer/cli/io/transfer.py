@@ -27,11 +27,8 @@ MANY = "[-P pattern] off len [len..]"
 """What the commands with several buffers take."""
 
 ASYNCHRONOUS = """\
-The {what} is performed asynchronously and the aio_flush command must be
-used to ensure all outstanding aio requests have been completed.
-Note that due to its asynchronous nature, this command will be
-considered successful once the request is submitted, independently
-of potential I/O errors or pattern mismatches."""
+Success means that the {what} was begun: how it ended is printed when it has,
+and aio_flush waits for all that were begun."""
 
 
 class Timed:

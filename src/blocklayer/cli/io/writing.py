@@ -144,13 +144,10 @@ VERBS = (
         changes=True,
         summary="writes a number of bytes at a specified offset",
         details="""\
-writes a range of bytes from the given offset
+stores bytes in the open image: a pattern (0xcd unless -P names one), zeros or a file's
 
 Example:
-'write 512 1k' - writes 1 kilobyte at 512 bytes into the open file
-
-Writes into a segment of the currently open file, using a buffer
-filled with a set pattern (0xcdcdcdcd).""",
+'write -P 7 64k 4k' - stores 4 KiB of sevens at 64 KiB""",
     ),
     Verb(
         name="writev",
@@ -163,13 +160,10 @@ filled with a set pattern (0xcdcdcdcd).""",
         changes=True,
         summary="writes a number of bytes at a specified offset",
         details="""\
-writes a range of bytes from the given offset source from multiple buffers
+stores several buffers from one place on, one for each length
 
 Example:
-'writev 512 1k 1k' - writes 2 kilobytes at 512 bytes into the open file
-
-Writes into a segment of the currently open file, using a buffer
-filled with a set pattern (0xcdcdcdcd).""",
+'writev -P 7 64k 512 4k' - stores 4.5 KiB of sevens at 64 KiB, from two buffers""",
     ),
     Verb(
         name="aio_write",
@@ -191,14 +185,10 @@ filled with a set pattern (0xcdcdcdcd).""",
         changes=True,
         summary="asynchronously writes a number of bytes",
         details="""\
-asynchronously writes a range of bytes from the given offset source
-from multiple buffers
+starts a write like writev's and goes on at once
 
 Example:
-'aio_write 512 1k 1k' - writes 2 kilobytes at 512 bytes into the open file
-
-Writes into a segment of the currently open file, using a buffer
-filled with a set pattern (0xcdcdcdcd).
+'aio_write -P 7 64k 4k' - stores 4 KiB of sevens in the background
 """
         + ASYNCHRONOUS.format(what="write"),
     ),
@@ -214,11 +204,11 @@ filled with a set pattern (0xcdcdcdcd).
         changes=True,
         summary="discards a number of bytes at a specified offset",
         details="""\
-discards a range of bytes from the given offset
+tells the image that a range is of no more use
 
 Example:
-'discard 512 1k' - discards 1 kilobyte from 512 bytes into the file
+'discard 64k 4k' - gives up the 4 KiB at 64 KiB
 
-Discards a segment of the currently open file.""",
+What reads there afterwards is the image's choice: zeros, or what was there.""",
     ),
 )
