@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from oracles import miss
 
 _VHDI = """
 import sys, pyvhdi
@@ -43,6 +43,6 @@ def read_vmdk(path: Path) -> bytes:
 
 def _run(module: str, script: str, *paths: Path) -> bytes:
     if importlib.util.find_spec(module) is None:
-        pytest.skip(f"{module} is not installed")
+        miss(f"oracle {module} is not installed (scripts/setup installs it)")
     command = [sys.executable, "-c", script, *map(str, paths)]
     return subprocess.run(command, check=True, capture_output=True, timeout=60).stdout
