@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from blocklayer.errors import LockedError
+from blocklayer.graph.edit import Change
 from blocklayer.graph.filename import storage_of
 from blocklayer.graph.graph import Graph
 from blocklayer.graph.permission import Permission
@@ -168,8 +169,8 @@ def test_repointing_that_does_not_fit_leaves_the_root_where_it_was() -> None:
         root = await open_root(graph, toy_image("a", 4096))
         other = await open_root(graph, toy_image("b", 4096), shared=READ)
         before = state(graph)
-        with pytest.raises(LockedError):
-            root.repoint(other.node)
+        with pytest.raises(LockedError), Change() as change:
+            change.move(root, other.node)
         assert root.node is not other.node
         assert state(graph) == before
         await root.close()

@@ -219,6 +219,12 @@ class FileDriver(ProtocolDriver):
         if self._locks is not None:
             self._locks.apply(taken, Permission.ALL if self.node.flags.force_share else shared)
 
+    def take_over(self, old: ProtocolDriver) -> None:
+        """The locks."""
+        assert isinstance(old, FileDriver)
+        if self._locks is not None and old._locks is not None:
+            self._locks.adopt(old._locks)
+
     def thread_safe_io(self) -> ThreadSafeIO | None:
         """The file itself, unless its accesses need care with alignment."""
         return None if self._direct is not None else self._io

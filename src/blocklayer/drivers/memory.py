@@ -115,6 +115,11 @@ class MemoryDriver(ProtocolDriver):
         """Give the memory back."""
         self.storage = Pages()
 
+    def take_over(self, old: ProtocolDriver) -> None:
+        """The contents."""
+        assert isinstance(old, MemoryDriver)
+        self.storage = old.storage
+
     @property
     def size(self) -> int:
         """Bytes stored or reserved."""

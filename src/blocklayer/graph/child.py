@@ -2,6 +2,7 @@
 
 1. An edge is in ``node.parents`` of its child exactly while it is attached.
 2. ``parent is None`` marks a root: a user from outside the graph (see ``root``).
+3. A frozen edge leads where it leads until whoever froze it is done: no graph change moves it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Role(enum.Enum):
 class Child:
     """One edge: ``parent`` uses ``node`` as its child ``name``."""
 
-    __slots__ = ("name", "node", "parent", "role", "shared", "taken")
+    __slots__ = ("follows", "frozen", "name", "node", "parent", "role", "shared", "taken")
 
     def __init__(self, name: str, parent: Node | None, node: Node, role: Role) -> None:
         self.name = name
@@ -40,6 +41,10 @@ class Child:
         self.role = role
         self.taken: int = Permission.NONE
         self.shared: int = Permission.ALL
+        self.follows = True
+        """Where another node takes the child's place (an overlay, a filter), it is used instead."""
+        self.frozen = 0
+        """How many jobs rely on the edge to stay."""
 
     @property
     def user(self) -> str:

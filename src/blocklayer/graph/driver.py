@@ -243,6 +243,11 @@ class ProtocolDriver(Driver):
         """All of it is data, here, unless a driver knows better."""
         return Extent(offset, length, Kind.DATA, offset, None, writable=True)
 
+    def take_over(self, old: ProtocolDriver) -> None:
+        """This driver, just opened, follows ``old`` on the same node: take its locks, or contents
+        that live in memory. Must not wait; raises BlockError, having changed nothing.
+        """
+
     def thread_safe_io(self) -> ThreadSafeIO | None:
         """Access for bulk copies in threads, or None if all must go through the loop."""
         return None

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,8 @@ class Graph:
         self.nodes: dict[str, Node] = {}
         self.roots: list[Root] = []
         self.epochs = Epochs()
+        self.changes = asyncio.Lock()
+        """Held by who changes edges at run time (``graph.edit``)."""
         self._unnamed = 0
 
     def new_name(self, wanted: str | None) -> str:

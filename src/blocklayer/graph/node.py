@@ -115,9 +115,14 @@ class Node:
     async def open_child(
         self, name: str, reference: Reference | None, role: Role = Role.STORAGE
     ) -> Node:
-        """Open or look up the child that ``reference`` stands for, and attach it."""
+        """Open or look up the child that ``reference`` stands for, and attach it.
+
+        While a node is reopened its children are there already: they stay what they are.
+        """
         from blocklayer.graph.open import open_reference
 
+        if name in self.children:
+            return self.children[name].node
         if reference is None or reference == "":
             raise UsageError(f'A block device must be specified for "{name}"')
         node = await open_reference(self.graph, reference, self.flags.inherited(role))

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Final
 from blocklayer.errors import LockedError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from blocklayer.graph.child import Child
     from blocklayer.graph.node import Node
 
@@ -52,45 +54,53 @@ def cumulative(node: Node) -> tuple[int, int]:
     return taken, shared
 
 
-def refresh(node: Node) -> None:
-    """Recompute permissions from ``node`` down, after one of its parent edges changed.
+def refresh(*changed: Node) -> None:
+    """Recompute permissions from ``changed`` down, after parent edges of these nodes changed.
 
     Raises LockedError (nothing changed) when two users of a node do not fit together or another
     process holds the file.
     """
-    undo: list[tuple[Child, int, int]] = []
+    before: dict[Child, tuple[int, int]] = {}
     applied: list[tuple[Node, int, int]] = []
     try:
-        _propagate(node, undo, applied)
+        affected = _propagate(changed, before)
+        for node in affected:
+            check_conflicts(node)
+        for node in affected:
+            taken, shared = cumulative(node)
+            if (taken, shared) != (node.taken, node.shared):
+                previous = (node, node.taken, node.shared)
+                node.driver.apply_permissions(taken, shared)
+                node.taken, node.shared = taken, shared
+                applied.append(previous)
     except BaseException:
-        for edge, taken, shared in reversed(undo):
+        for edge, (taken, shared) in before.items():
             edge.taken, edge.shared = taken, shared
-        for below, taken, shared in reversed(applied):
-            below.driver.apply_permissions(taken, shared)
-            below.taken, below.shared = taken, shared
+        for node, taken, shared in reversed(applied):
+            node.driver.apply_permissions(taken, shared)
+            node.taken, node.shared = taken, shared
         raise
 
 
-def _propagate(
-    top: Node, undo: list[tuple[Child, int, int]], applied: list[tuple[Node, int, int]]
-) -> None:
+def _propagate(changed: Iterable[Node], before: dict[Child, tuple[int, int]]) -> list[Node]:
+    """Recompute all edges below ``changed``; the answer is the nodes whose users changed.
+
+    Conflicts are judged afterwards: with edges half recomputed there may be some that pass.
+    """
     # Iterative: chains of hundreds of layers must not meet the interpreter's recursion limit.
-    pending = [top]
+    pending = list(changed)
+    affected: dict[Node, None] = {}
     while pending:
         node = pending.pop()
-        check_conflicts(node)
+        affected[node] = None
         taken, shared = cumulative(node)
-        if (taken, shared) != (node.taken, node.shared):
-            previous = (node, node.taken, node.shared)
-            node.driver.apply_permissions(taken, shared)
-            node.taken, node.shared = taken, shared
-            applied.append(previous)
         for edge in node.children.values():
             wanted = node.driver.child_permissions(edge, taken, shared)
             if wanted != (edge.taken, edge.shared):
-                undo.append((edge, edge.taken, edge.shared))
+                before.setdefault(edge, (edge.taken, edge.shared))
                 edge.taken, edge.shared = wanted
                 pending.append(edge.node)
+    return list(affected)
 
 
 def check_conflicts(node: Node) -> None:

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from blocklayer.errors import LockedError
-from blocklayer.graph import io, permission
+from blocklayer.graph import io
 from blocklayer.graph.child import Child, Role
 from blocklayer.graph.driver import Buffer
 from blocklayer.graph.node import Node
@@ -41,12 +41,14 @@ class Root(Child):
         shared: int = Permission.ALL,
         *,
         write_through: bool = False,
+        follows: bool = True,
     ) -> None:
         super().__init__("root", None, node, Role.FILTERED)
         self.graph: Graph = node.graph
         self.label = label
         self.taken, self.shared = taken, shared
         self.write_through = write_through
+        self.follows = follows
         self.in_flight = 0
         self._quiesced = 0
         self._open: asyncio.Event | None = None
@@ -63,19 +65,6 @@ class Root(Child):
         """Give the node back; the last user's close writes back and closes it."""
         self.graph.roots.remove(self)
         await self.graph.detach(self)
-
-    def repoint(self, node: Node) -> None:
-        """Use ``node`` from now on. Call it drained. The old node is not released."""
-        old = self.node
-        old.parents.remove(self)
-        self.node = node
-        try:
-            self.graph.add_edge(self)
-        except BaseException:
-            self.node = old
-            old.parents.append(self)
-            raise
-        permission.refresh(old)
 
     def request(self) -> _Request:
         """One request's stay inside: ``async with root.request(): …``."""

@@ -48,6 +48,17 @@ class FileLocks:
         self._release(self._held - wanted)
         self._held = wanted
 
+    def adopt(self, earlier: FileLocks) -> None:
+        """Hold what ``earlier``, on the same file, holds, so that it can let go without a gap."""
+        try:
+            for byte in sorted(earlier._held):
+                calls.lock(self._fd, byte, held=True)
+        except OSError as error:
+            raise StorageError.from_os(
+                error, f"Failed to lock '{self._path}'", self._path
+            ) from error
+        self._held = earlier._held
+
     def _check(self, byte: int) -> None:
         ours = byte < _UNSHARED_BASE
         opposite = (

@@ -1,0 +1,138 @@
+"""Reopening: other options for nodes that stay where they are in the graph.
+
+A node keeps its name, its users and its children; its driver is closed, which writes everything
+back, and opened anew. So whatever a driver does on opening and closing (bitmaps, dirty bits, logs)
+is right for reopening too.
+
+1. Call it with nobody inside (``graph.edit.changing``).
+2. Parents close before their children change, and open after them. Storage is opened anew before
+   the old file is given up, and its locks pass over without a gap.
+3. On an error every node is again what it was, and the error says which one refused. One that
+   cannot even be that takes no more writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from blocklayer.errors import BlockError
+from blocklayer.graph import permission
+from blocklayer.graph.child import Role
+from blocklayer.graph.driver import ProtocolDriver
+
+if TYPE_CHECKING:
+    from blocklayer.graph.node import Flags, Node
+    from blocklayer.graph.options import NodeOptions
+
+
+class Reopen(msgspec.Struct):
+    """What one node is to be from now on."""
+
+    node: Node
+    flags: Flags
+    options: NodeOptions
+
+
+async def reopen(wanted: Sequence[Reopen]) -> None:
+    """Carry all of ``wanted`` out, or none. Nodes are named once, in any order."""
+    before = [Reopen(each.node, each.node.flags, each.node.options) for each in wanted]
+    formats = {each.node for each in wanted if not isinstance(each.node.driver, ProtocolDriver)}
+    is_open = set(formats)
+    try:
+        await _carry_out(wanted, is_open)
+    except BaseException:
+        try:
+            await _carry_out(before, is_open)
+        except BlockError as error:
+            for each in before:
+                each.node.poison(f"it could not be reopened as it was ({error})")
+        raise
+
+
+async def set_read_only(node: Node, read_only: bool) -> None:
+    """Let ``node`` and the storage below it refuse writes, or take them again."""
+    await reopen(list(_with_storage(node, read_only)))
+
+
+def _with_storage(node: Node, read_only: bool) -> Iterator[Reopen]:
+    """``node`` and what inherits from it. Its storage stays read-only if it was opened so."""
+    if node.flags.read_only == read_only:
+        return
+    yield Reopen(node, msgspec.structs.replace(node.flags, read_only=read_only), node.options)
+    for edge in node.children.values():
+        given = edge.node.options.read_only
+        follows = given is msgspec.UNSET or edge.node.flags.auto_read_only
+        # Storage that somebody else writes as well keeps taking writes.
+        shared = read_only and any(
+            other.parent is not node and other.taken & permission.Permission.WRITE
+            for other in edge.node.parents
+        )
+        if edge.role is not Role.BACKING and follows and not shared:
+            yield from _with_storage(edge.node, read_only)
+
+
+async def _carry_out(wanted: Sequence[Reopen], is_open: set[Node]) -> None:
+    """``is_open`` says which of the formats' drivers are; it is kept up to date."""
+    ordered = _parents_first(wanted)
+    for each in ordered:
+        if each.node in is_open:
+            await each.node.driver.close()
+            is_open.discard(each.node)
+    for each in ordered:
+        each.node.flags, each.node.options = each.flags, each.options
+    for each in reversed(ordered):
+        if isinstance(each.node.driver, ProtocolDriver):
+            await _replace_storage(each.node)
+    permission.refresh(*(each.node for each in ordered))
+    for each in reversed(ordered):
+        if not isinstance(each.node.driver, ProtocolDriver):
+            await _open_again(each.node)
+            is_open.add(each.node)
+        each.node.mapping_changed()
+
+
+async def _open_again(node: Node) -> None:
+    """A new driver for ``node``; its children are attached still, and opening finds them there."""
+    children = set(node.children)
+    node.driver = type(node.driver)(node)
+    try:
+        await node.driver.open()
+    except BaseException:
+        for name in node.children.keys() - children:
+            await node.graph.detach(node.children[name])
+        raise
+
+
+async def _replace_storage(node: Node) -> None:
+    old = node.driver
+    assert isinstance(old, ProtocolDriver)
+    new = type(old)(node)
+    await new.open()
+    try:
+        new.take_over(old)
+    except BaseException:
+        await new.close()
+        raise
+    node.driver = new
+    await old.close()
+
+
+def _parents_first(wanted: Sequence[Reopen]) -> list[Reopen]:
+    by_node = {each.node: each for each in wanted}
+    ordered: list[Reopen] = []
+    seen: set[Node] = set()
+
+    def visit(node: Node) -> None:
+        seen.add(node)
+        for edge in node.parents:
+            if edge.parent in by_node and edge.parent not in seen:
+                visit(edge.parent)
+        ordered.append(by_node[node])
+
+    for node in by_node:
+        if node not in seen:
+            visit(node)
+    return ordered
