@@ -18,6 +18,9 @@ from blocklayer.graph.gate import Policy
 from blocklayer.graph.request import Epochs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from blocklayer.graph.events import Event
     from blocklayer.graph.node import Node
     from blocklayer.graph.registry import Registry
     from blocklayer.graph.root import Root
@@ -36,7 +39,13 @@ class Graph:
         self.epochs = Epochs()
         self.changes = asyncio.Lock()
         """Held by who changes edges at run time (``graph.edit``)."""
+        self.listeners: list[Callable[[Event], None]] = []
         self._unnamed = 0
+
+    def notify(self, event: Event) -> None:
+        """Tell everybody who listens."""
+        for listener in list(self.listeners):
+            listener(event)
 
     def new_name(self, wanted: str | None) -> str:
         """``wanted`` if a node may have it, or a fresh name. Raises UsageError."""

@@ -1,0 +1,36 @@
+"""Pace: holds work to so many bytes per second, a limit that may change at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+
+
+class Pace:
+    """A rate limit; ``bytes_per_s`` 0 means none."""
+
+    def __init__(self, bytes_per_s: int) -> None:
+        self.bytes_per_s = bytes_per_s
+        self._due_s = 0.0
+        self._changed: asyncio.Event | None = None
+
+    def set(self, bytes_per_s: int) -> None:
+        """Change the limit: what waits is judged anew."""
+        self.bytes_per_s = bytes_per_s
+        self._due_s = 0.0
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+    async def wait(self, length: int) -> None:
+        """Wait until ``length`` more bytes may go."""
+        while self.bytes_per_s:
+            now_s = asyncio.get_running_loop().time()
+            if self._due_s <= now_s:
+                self._due_s = now_s + length / self.bytes_per_s
+                return
+            if self._changed is None:
+                self._changed = asyncio.Event()
+            try:
+                await asyncio.wait_for(self._changed.wait(), self._due_s - now_s)
+            except TimeoutError:
+                pass
