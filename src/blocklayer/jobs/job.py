@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 OnError = Literal["report", "ignore", "enospc", "stop", "auto"]
 
 
-class Job:
+class Job(ABC):
     """One job. Subclasses say what it does; ``jobs.group.start`` sets it going."""
 
     TYPE: ClassVar[str]
@@ -70,9 +71,9 @@ class Job:
         self._told: asyncio.Event = asyncio.Event()
         self._work: asyncio.Task[None] | None = None
 
+    @abstractmethod
     async def run(self) -> None:
         """Do the work; whatever it raises fails the job."""
-        raise NotImplementedError
 
     async def prepare(self) -> None:
         """The last part that may fail; what it changed, ``abort`` takes back."""
