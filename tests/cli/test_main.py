@@ -71,8 +71,6 @@ def test_the_options_of_the_real_tool_are_known(
         "object",
         "snapshot",
         "source-snapshot",
-        "bitmaps",
-        "skip-broken-bitmaps",
         "copy-range-offloading",
     }
     shown = qemu_img(name, "--help").stdout

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
 from typing import Any, Final
 
+from blocklayer.api.bitmaps import Bitmaps
 from blocklayer.api.map import MapEntry, map_entries
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import UsageError
@@ -45,6 +46,7 @@ class Disk:
     def __init__(self, root: Root) -> None:
         self.root = root
         self.graph = root.graph
+        self.bitmaps = Bitmaps(root)
 
     @classmethod
     async def open(

@@ -12,7 +12,7 @@ from typing import Any
 from blocklayer.api.disk import Disk
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import UnsupportedError, UsageError
-from blocklayer.graph.driver import Measured, Measurement
+from blocklayer.graph.driver import BitmapShape, Measured, Measurement
 from blocklayer.graph.extent import Kind
 from blocklayer.graph.node import Node
 from blocklayer.graph.options import CreateOptions, decode
@@ -33,7 +33,7 @@ async def measure(
     if source is None:
         return await driver.measure(options, size, None)
     node = source.root.node
-    measured = Measured(_data(node), await node.driver.bitmap_shapes())
+    measured = Measured(_data(node), _bitmaps(node))
     return await driver.measure(options, node.size, measured)
 
 
@@ -49,6 +49,13 @@ def decode_options(format: str, values: Mapping[str, Any]) -> CreateOptions:
         if name not in declared.__struct_encode_fields__:
             raise UsageError(f"Invalid parameter '{name}'")
     return decode(declared, values)
+
+
+def _bitmaps(node: Node) -> list[BitmapShape] | None:
+    if not node.driver.stores_bitmaps:
+        return None
+    found = [bitmap for bitmap in node.dirty_bitmaps.values() if bitmap.persistent]
+    return [BitmapShape(bitmap.name or "", bitmap.granularity) for bitmap in found]
 
 
 async def _data(node: Node) -> AsyncIterator[tuple[int, int]]:

@@ -15,8 +15,10 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from blocklayer.api import disk as aio
+from blocklayer.api.bitmaps import Bitmaps as AsyncBitmaps
 from blocklayer.api.map import MapEntry
 from blocklayer.graph import waiting
+from blocklayer.graph.dirty_bitmap import BlockDirtyInfo
 from blocklayer.graph.driver import Buffer, SnapshotInfo
 
 T = TypeVar("T")
@@ -43,11 +45,40 @@ _driver = _Driver()
 run = _driver.run
 
 
+class Bitmaps:
+    """The dirty bitmaps of a disk; see ``blocklayer.api.bitmaps.Bitmaps`` for each method."""
+
+    def __init__(self, bitmaps: AsyncBitmaps) -> None:
+        self._aio = bitmaps
+        self.names = bitmaps.names
+        self.add = bitmaps.add
+        self.clear = bitmaps.clear
+        self.enable = bitmaps.enable
+        self.disable = bitmaps.disable
+
+    def query(self) -> list[BlockDirtyInfo]:
+        """What is known of each, newest first."""
+        return run(self._aio.query())
+
+    def remove(self, name: str) -> None:
+        """Drop it, from the image as well."""
+        run(self._aio.remove(name))
+
+    def merge(self, name: str, *sources: str, of: Disk | None = None) -> None:
+        """What any of ``sources`` calls changed is so in ``name``."""
+        run(self._aio.merge(name, *sources, of=None if of is None else of.aio))
+
+    def dirty(self, name: str, offset: int = 0, length: int | None = None) -> list[tuple[int, int]]:
+        """The changed parts (offset, length) of the range, in order, in bytes."""
+        return run(self._aio.dirty(name, offset, length))
+
+
 class Disk:
     """An open disk for synchronous callers; see ``blocklayer.aio.Disk`` for each method."""
 
     def __init__(self, disk: aio.Disk) -> None:
         self.aio = disk
+        self.bitmaps = Bitmaps(disk.bitmaps)
 
     def __enter__(self) -> Disk:
         return self

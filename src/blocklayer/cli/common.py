@@ -124,6 +124,9 @@ async def open_disk(
         )
     except BlockError as error:
         raise _not_opened(name, error) from error
+    for layer in disk.root.node.chain():
+        for warning in layer.driver.warnings():
+            console.warning(warning)
     if writable and not quiet:
         warn_if_guessed(disk.root.node, name)
     return disk

@@ -67,6 +67,8 @@ class Command(msgspec.Struct, kw_only=True):
     """Names (as in the usage line) and descriptions of what follows the options."""
 
     operands: list[str] = []
+    uses: list[tuple[str, Any]] = []
+    """Every use of an option, field and value, in order: for commands whose options are steps."""
 
     @property
     def writes(self) -> bool:
@@ -133,6 +135,7 @@ class _Parser:
             self._long.update(dict.fromkeys(field.long_names, field))
             self._letters.update(dict.fromkeys(field.option.letters, field))
         self._values: dict[str, Any] = {}
+        self._uses: list[tuple[str, Any]] = []
         self._rest: list[str] = []
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
@@ -149,7 +152,7 @@ class _Parser:
                 self._take_letters(argument[1:])
             else:
                 operands.append(argument)
-        return {**self._values, "operands": operands}
+        return {**self._values, "operands": operands, "uses": self._uses}
 
     @staticmethod
     def _is_letters(argument: str) -> bool:
@@ -212,6 +215,7 @@ class _Parser:
             raise CommandLineError(
                 f"--{field.long_names[0]}{letter} expects {choices} not '{value}'"
             )
+        self._uses.append((field.name, value))
         if field.repeats:
             self._values.setdefault(field.name, []).append(value)
         else:

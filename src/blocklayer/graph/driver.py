@@ -194,9 +194,23 @@ class Driver:
         """The "format specific information" of ``info``; kebab-case when encoded."""
         return None
 
-    async def bitmap_shapes(self) -> list[BitmapShape] | None:
-        """The persistent bitmaps that a copy could take along; None if there cannot be any."""
-        return None
+    def check_bitmap_storable(self, name: str, granularity: int) -> None:
+        """Raise UnsupportedError or UsageError unless a new bitmap could be kept in the image."""
+        raise UnsupportedError(
+            f"Can't store persistent bitmaps to '{self.node.filename}': Operation not supported"
+        )
+
+    async def remove_stored_bitmap(self, name: str) -> None:
+        """The image is to hold the bitmap no more; it may never have."""
+
+    @property
+    def stores_bitmaps(self) -> bool:
+        """Whether the image can hold persistent bitmaps."""
+        return False
+
+    def warnings(self) -> list[str]:
+        """What a user should be told of the image as it was found."""
+        return []
 
     @classmethod
     async def measure(

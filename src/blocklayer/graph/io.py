@@ -8,6 +8,8 @@
 4. Zeros and discards that no driver can do quickly are written, or dropped, here, for every driver
    alike. A discard never makes old data of a lower layer visible: that is the drivers' duty.
 5. An error reaches the caller of the request it happened in (R6).
+6. Whoever watches a node hears of each change to it after it has ended, well or not, and before
+   its caller does. A node without watchers pays one look.
 """
 
 from __future__ import annotations
@@ -122,12 +124,16 @@ async def _write_first_sectors(node: Node, offset: int, view: memoryview) -> Non
 
 async def _write(node: Node, offset: int, view: memoryview) -> None:
     driver = node.driver
-    if isinstance(driver, ProtocolDriver):
-        await driver.write(offset, (view,))
-    elif node.probed and offset < PROBE_SIZE and driver.NAME == "raw":
-        await _write_first_sectors(node, offset, view)
-    else:
-        await _write_runs(node, offset, view)
+    try:
+        if isinstance(driver, ProtocolDriver):
+            await driver.write(offset, (view,))
+        elif node.probed and offset < PROBE_SIZE and driver.NAME == "raw":
+            await _write_first_sectors(node, offset, view)
+        else:
+            await _write_runs(node, offset, view)
+    finally:
+        if node.watchers:
+            node.changed(offset, len(view))
 
 
 async def _write_runs(node: Node, offset: int, view: memoryview) -> None:
@@ -182,7 +188,7 @@ async def _fill(node: Node, allocation: Allocation, view: memoryview) -> None:
         tail = await read_around(node, end, allocation.tail)
         if not (allocation.reads_zero and is_zero(tail)):
             buffers.append(tail)
-    await _write_buffers(allocation.child.node, place, buffers)
+    await write_stored(allocation.child.node, place, buffers)
 
 
 async def read_around(node: Node, offset: int, length: int) -> bytearray:
@@ -194,11 +200,16 @@ async def read_around(node: Node, offset: int, length: int) -> bytearray:
     return data
 
 
-async def _write_buffers(node: Node, offset: int, buffers: Sequence[Buffer]) -> None:
-    if isinstance(node.driver, ProtocolDriver):
-        await node.driver.write(offset, buffers)
-    else:
+async def write_stored(node: Node, offset: int, buffers: Sequence[Buffer]) -> None:
+    """For a parent that stores things in ``node``: write ``buffers``, one after the other."""
+    if not isinstance(node.driver, ProtocolDriver):
         await _write(node, offset, memoryview(b"".join(buffers)))
+        return
+    try:
+        await node.driver.write(offset, buffers)
+    finally:
+        if node.watchers:
+            node.changed(offset, sum(map(len, buffers)))
 
 
 async def write_zeroes(
@@ -214,9 +225,13 @@ async def write_zeroes(
         return
     unmap = unmap and node.flags.discard_unmap
     end = offset + length
-    start, stop = await _zero_units(node, offset, end, unmap, fallback)
-    await _zero_by_writing(node, offset, start)
-    await _zero_by_writing(node, stop, end)
+    try:
+        start, stop = await _zero_units(node, offset, end, unmap, fallback)
+        await _zero_by_writing(node, offset, start)
+        await _zero_by_writing(node, stop, end)
+    finally:
+        if node.watchers:
+            node.changed(offset, length)
 
 
 async def _zero_units(
@@ -286,6 +301,9 @@ async def discard(node: Node, offset: int, length: int) -> None:
             await driver.discard(start, stop - start)
     except UnsupportedError:
         return
+    finally:
+        if node.watchers:
+            node.changed(start, stop - start)
 
 
 async def write_compressed(node: Node, offset: int, data: Buffer) -> None:
@@ -301,8 +319,12 @@ async def write_compressed(node: Node, offset: int, data: Buffer) -> None:
             f"Compressed writes to '{node.filename}' must cover whole clusters of {unit} bytes "
             f"({len(data):#x} bytes at {offset:#x})"
         )
-    async with node.claims.claim(offset, offset + len(data)):
-        await driver.write_compressed(offset, data)
+    try:
+        async with node.claims.claim(offset, offset + len(data)):
+            await driver.write_compressed(offset, data)
+    finally:
+        if node.watchers:
+            node.changed(offset, len(data))
 
 
 async def flush(node: Node) -> None:
@@ -317,6 +339,11 @@ async def truncate(
 ) -> None:
     """Change the node's size; a grown area reads as zeros, also over a longer backing file."""
     node.check_writable()
+    for bitmap in node.dirty_bitmaps.values():
+        bitmap.check()
     async with node.claims.claim(0, max(size, node.size)):
-        await node.driver.truncate(size, preallocation=preallocation, shrink=shrink)
+        try:
+            await node.driver.truncate(size, preallocation=preallocation, shrink=shrink)
+        finally:
+            node.resized()
     node.mapping_changed()

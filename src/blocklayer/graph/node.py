@@ -4,13 +4,15 @@
    holds no reference of its own.
 2. ``generation`` grows with every change of where guest bytes live, here or below; whatever was
    derived from the mapping (``graph.resolve``) is stale from then on.
-3. After ``poison`` (an error that leaves memory and disk in doubt) writes are refused and reads go
+3. ``watchers`` hear of every change of the node's bytes, from above or by a job, when it has ended
+   and before whoever asked for it hears (``changed``), and of every change of its size.
+4. After ``poison`` (an error that leaves memory and disk in doubt) writes are refused and reads go
    on (R4).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -19,6 +21,7 @@ from blocklayer.graph.child import Child, Role
 from blocklayer.graph.request import Claims
 
 if TYPE_CHECKING:
+    from blocklayer.graph.dirty_bitmap import DirtyBitmap
     from blocklayer.graph.driver import Driver
     from blocklayer.graph.extent import Run
     from blocklayer.graph.graph import Graph
@@ -61,6 +64,16 @@ class Flags(msgspec.Struct, kw_only=True):
         )
 
 
+class Watcher(Protocol):
+    """Who wants to hear of writes: a dirty bitmap, a mirror. Must not fail, and cannot wait."""
+
+    def changed(self, offset: int, length: int) -> None:
+        """A request to change the range has ended; if it failed, perhaps half way."""
+
+    def resized(self, size: int) -> None:
+        """The node has ``size`` bytes now."""
+
+
 class Node:
     """One node of the graph. Made by ``graph.open`` only."""
 
@@ -88,6 +101,9 @@ class Node:
         self.overrides: dict[str, Any] = {}
         """The options that differ from what the plain file name alone would give."""
         self.poisoned: str | None = None
+        self.watchers: tuple[Watcher, ...] = ()
+        self.dirty_bitmaps: dict[str, DirtyBitmap] = {}
+        """Those with a name, oldest first; ``graph.bitmaps`` adds and removes them."""
 
     @property
     def size(self) -> int:
@@ -140,6 +156,25 @@ class Node:
             node = pending.pop()
             node.generation += 1
             pending += [edge.parent for edge in node.parents if edge.parent is not None]
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell ``watcher`` of changes from now on."""
+        self.watchers = (*self.watchers, watcher)
+
+    def unwatch(self, watcher: Watcher) -> None:
+        """Tell it no more."""
+        self.watchers = tuple(each for each in self.watchers if each is not watcher)
+
+    def changed(self, offset: int, length: int) -> None:
+        """A request to change the range has ended, well or not. Costly: ask ``watchers`` first."""
+        for watcher in self.watchers:
+            watcher.changed(offset, length)
+
+    def resized(self) -> None:
+        """The size may have changed."""
+        size = self.size
+        for watcher in self.watchers:
+            watcher.resized(size)
 
     def poison(self, reason: str) -> None:
         """Refuse writes from now on."""

@@ -59,8 +59,16 @@ async def apply(root: Root, snapshot: SnapshotInfo) -> None:
     """Let the disk hold, and be as large as, what it was at ``snapshot``."""
     if not root.taken & Permission.RESIZE:
         raise LockedError(f"{root.label} was not opened with the permission to resize")
-    async with _changing(root) as driver:
-        await driver.snapshot_apply(snapshot.id)
+    node = root.node
+    if node.dirty_bitmaps:
+        # Nobody knows which parts differ from then to now.
+        raise UnsupportedError("Device has active dirty bitmaps")
+    try:
+        async with _changing(root) as driver:
+            await driver.snapshot_apply(snapshot.id)
+    finally:
+        node.resized()
+        node.changed(0, node.size)
 
 
 async def delete(root: Root, snapshot: SnapshotInfo) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from blocklayer.errors import UsageError
+from blocklayer.errors import BlockError, UnsupportedError, UsageError
+from blocklayer.graph import bitmaps
 from blocklayer.graph.driver import FormatDriver
 from blocklayer.graph.extent import Kind
 from blocklayer.graph.filename import storage_of
@@ -53,6 +54,51 @@ def reads_zero_when_new(target: Node, preallocation: str) -> bool:
     # A device keeps what it held; only space that is not mapped yet is known to be zero.
     relocates = isinstance(target.driver, FormatDriver) and target.driver.relocates
     return relocates and preallocation == "off"
+
+
+def check_bitmaps(sources: Sequence[Root], *, skip_broken: bool) -> None:
+    """Raise unless the bitmaps of the only source can be copied."""
+    if len(sources) != 1:
+        raise UsageError("Copying bitmaps only possible with single source")
+    node = sources[0].node
+    if not node.driver.stores_bitmaps:
+        raise UnsupportedError("Source lacks bitmap support")
+    for bitmap in reversed(node.dirty_bitmaps.values()):
+        if bitmap.persistent and bitmap.inconsistent and not skip_broken:
+            raise UsageError(
+                f"Cannot copy inconsistent bitmap '{bitmap.name}'\n"
+                "Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it"
+            )
+
+
+def check_bitmap_support(target: Node) -> None:
+    """Raise UnsupportedError unless ``target`` can hold bitmaps."""
+    if not target.driver.stores_bitmaps:
+        raise UnsupportedError(f"Format driver '{target.driver.NAME}' does not support bitmaps")
+
+
+async def copy_bitmaps(source: Node, target: Node, warn: Callable[[str], None]) -> None:
+    """Give ``target`` the persistent bitmaps of ``source``, but for broken ones."""
+    for bitmap in source.dirty_bitmaps.values():
+        name = bitmap.name or ""
+        if not bitmap.persistent:
+            continue
+        if bitmap.inconsistent:
+            warn(f"Skipping inconsistent bitmap '{name}'")
+            continue
+        try:
+            made = bitmaps.add(
+                target, name, granularity=bitmap.granularity, persistent=True, enabled=False
+            )
+        except BlockError as error:
+            raise error.reworded(f"Failed to create bitmap {name}: {error}") from error
+        try:
+            await bitmap.load()
+            made.merge(bitmap)
+        except BlockError as error:
+            raise error.reworded(f"Failed to populate bitmap {name}: {error}") from error
+        if bitmap.enabled:
+            made.enable()
 
 
 async def convert(

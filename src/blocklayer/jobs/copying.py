@@ -27,7 +27,7 @@ from blocklayer.graph.root import Root
 from blocklayer.jobs.plan import Chunk, Gatherer, Piece, Segment, data_ranges
 from blocklayer.jobs.reading import Load, Reader, Warn, located, new_buffer
 from blocklayer.jobs.threads import Threads, crew
-from blocklayer.jobs.writing import Writer, gaps, spans, store_all
+from blocklayer.jobs.writing import Writer, gaps, spans, store_all, tell_watchers
 from blocklayer.units import KIB, MIB, align_down, align_up
 
 CHUNK_SIZE = 2 * MIB
@@ -181,7 +181,12 @@ class Copier:
                 if isinstance(node.driver, FormatDriver) and node.driver.relocates:
                     start, end = align_down(chunk.start, self.unit), align_up(chunk.end, self.unit)
                     await held.enter_async_context(node.claims.claim(start, end))
-                await self._write(chunk, buffer, storer)
+                try:
+                    await self._write(chunk, buffer, storer)
+                finally:
+                    if node.watchers:
+                        for segment in chunk.segments:
+                            node.changed(segment.offset, segment.end - segment.offset)
             if not self.options.zeros_known:
                 for segment in chunk.segments:
                     zeros += gaps(segment, self.unit)
@@ -241,7 +246,10 @@ class Copier:
             self._turns.passed()
             stores = await writer.store_on_loop()
             if stores:
-                await storer.run(store_all, stores)
+                try:
+                    await storer.run(store_all, stores)
+                finally:
+                    tell_watchers(stores)
             if isinstance(driver, FormatDriver):
                 while writer.pending:
                     await driver.commit(writer.pending[0])

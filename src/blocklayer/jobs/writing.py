@@ -143,13 +143,17 @@ class Writer:
                 threaded.append((direct, store))
                 continue
             try:
-                if isinstance(driver, ProtocolDriver):
-                    await driver.write(store.host_offset, (store.view,))
-                else:
-                    await io.write(store.node, store.host_offset, store.view)
+                await io.write_stored(store.node, store.host_offset, (store.view,))
             except BlockError as error:
                 raise located("writing", store.offset, error, store.node.filename) from error
         return threaded
+
+
+def tell_watchers(stores: Sequence[tuple[ThreadSafeIO, Store]]) -> None:
+    """A thread has carried out the writes, or failed to: whoever watches the nodes must know."""
+    for _, store in stores:
+        if store.node.watchers:
+            store.node.changed(store.host_offset, len(store.view))
 
 
 def store_all(stores: Sequence[tuple[ThreadSafeIO, Store]]) -> None:

@@ -9,6 +9,7 @@ _HERE = "blocklayer.cli.img"
 COMMANDS: Final = {
     "amend": f"{_HERE}.amend:Amend",
     "bench": f"{_HERE}.bench:Bench",
+    "bitmap": f"{_HERE}.bitmap:Bitmap",
     "check": f"{_HERE}.check:Check",
     "commit": f"{_HERE}.commit:Commit",
     "compare": f"{_HERE}.compare:Compare",

@@ -114,6 +114,10 @@ class Convert(Command):
     oob_writes: Annotated[
         bool, Option("allocate in any order, which may be faster and fragment the target", "W")
     ] = False
+    bitmaps: Annotated[bool, Option("copy the persistent bitmaps of the source as well")] = False
+    skip_broken_bitmaps: Annotated[
+        bool, Option("leave out bitmaps that are inconsistent (needs --bitmaps)")
+    ] = False
     salvage: Annotated[bool, Option("take what cannot be read for zeros, and go on")] = False
 
     unfinished: Unfinished | None = None
@@ -192,6 +196,10 @@ class Convert(Command):
             raise UsageError("-o has no effect when skipping image creation")
         if self.no_create and self.backing is not None:
             raise UsageError("Cannot use -B/-b with -n: the target exists already")
+        if self.skip_broken_bitmaps and not self.bitmaps:
+            raise UsageError("Use of --skip-broken-bitmaps requires --bitmaps")
+        if self.bitmaps and len(names) > 1:
+            raise UsageError("Copying bitmaps only possible with single source")
         if self.backing is not None and len(names) > 1:
             raise UsageError(
                 "Having a backing file for the target makes no sense when concatenating multiple "
@@ -211,6 +219,8 @@ class Convert(Command):
     async def _convert_to(
         self, name: str, roots: list[Root], options: CopyOptions, graph: Graph
     ) -> None:
+        if self.bitmaps:
+            job.check_bitmaps(roots, skip_broken=self.skip_broken_bitmaps)
         if self.no_create:
             async with await self._open_target(name, graph) as target:
                 job.check_target(roots, target.root, compress=self.compress)
@@ -237,6 +247,8 @@ class Convert(Command):
         )
 
     async def _copy(self, roots: list[Root], target: Disk, options: CopyOptions) -> None:
+        if self.bitmaps:
+            job.check_bitmap_support(target.root.node)
         total = job.total_size(roots)
         with console.Progress(None if self.quiet else self.progress) as progress:
             await job.convert(
@@ -247,6 +259,8 @@ class Convert(Command):
                 progress=lambda done: progress.update(done, total),
             )
             progress.update(total, total)
+        if self.bitmaps:
+            await job.copy_bitmaps(roots[0].node, target.root.node, self._warn)
 
     async def _create(self, name: str, sources: list[Root], graph: Graph) -> str:
         """Make the target; the answer is its preallocation mode."""

@@ -212,6 +212,15 @@ class ImageHeader(msgspec.Struct, kw_only=True):
                 return extension.data
         return None
 
+    def extension_offset(self, extension_type: int) -> int:
+        """Where `encode` puts the data of the first extension of this type, which is there."""
+        offset = self.header_length + _ExtensionHead.SIZE
+        for extension in self.extensions:
+            if extension.type == extension_type:
+                return offset
+            offset += _ExtensionHead.SIZE + len(extension.data) + (-len(extension.data) % 8)
+        raise KeyError(extension_type)
+
     def set_extension(self, extension_type: int, data: bytes | None) -> None:
         """Replace in place, insert where QEMU would write it, or (None) remove."""
         replacement = [] if data is None else [Extension(extension_type, data)]

@@ -84,7 +84,7 @@ async def amend(driver: Qcow2Driver, options: Qcow2AmendOptions, progress: Progr
         if order != driver.image.header.refcount_order:
             await _change_refcount_width(driver, order, progress)
     if options.size is not UNSET:
-        await driver.truncate(options.size, preallocation="off", shrink=True)
+        await io.truncate(driver.node, options.size, shrink=True)
     if version < driver.image.header.version:
         await _downgrade(driver, progress)
 
@@ -127,6 +127,10 @@ def _check_downgrade(image: Image) -> None:
         )
     if image.snapshots:
         raise UnsupportedError("Internal snapshots prevent downgrade of image")
+    if any(bitmap.persistent for bitmap in image.node.dirty_bitmaps.values()):
+        raise UnsupportedError(
+            "Persistent bitmaps prevent downgrade of image: remove them with 'bitmap --remove'"
+        )
 
 
 async def _downgrade(driver: Qcow2Driver, progress: Progress) -> None:

@@ -4,9 +4,8 @@
    understood are cleared, and refcounts that the dirty bit calls untrusted are rebuilt.
 2. Metadata that contradicts itself stops the request with a CorruptionError. In an image open for
    writing, the corrupt bit is set and writes are refused from then on; reads go on (R4).
-3. Persistent bitmaps are not kept up to date by this driver, so a writer clears their autoclear
-   bit, as the format demands: their consistency is lost, not pretended.
-4. Closing writes everything back, in the order of a flush, and then what lazy refcounts left out.
+3. Closing writes everything back, in the order of a flush, then what lazy refcounts left out, then
+   the persistent bitmaps.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from blocklayer.codec.qcow2.snapshots import (
 )
 from blocklayer.codec.qcow2.validation import validate
 from blocklayer.drivers.qcow2 import flushing
+from blocklayer.drivers.qcow2.bitmaps import Qcow2BitmapInfo, StoredBitmaps
 from blocklayer.drivers.qcow2.compression import Compressor
 from blocklayer.drivers.qcow2.create import Qcow2CreateOptions
 from blocklayer.drivers.qcow2.image import Image
@@ -41,7 +41,6 @@ from blocklayer.errors import BlockError, CorruptionError, FormatError, Unsuppor
 from blocklayer.graph import options as graph_options
 from blocklayer.graph.driver import (
     BackingReference,
-    BitmapShape,
     Buffer,
     CheckResult,
     DriverInfo,
@@ -62,7 +61,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _HEADER_PROBE_SIZE = 112
-_KNOWN_AUTOCLEAR = 0
+_KNOWN_AUTOCLEAR = qcow2_header.AUTOCLEAR_BITMAPS
 
 
 class Qcow2Info(msgspec.Struct, rename="kebab", omit_defaults=True, kw_only=True):
@@ -71,6 +70,7 @@ class Qcow2Info(msgspec.Struct, rename="kebab", omit_defaults=True, kw_only=True
     compat: str
     compression_type: str
     lazy_refcounts: bool | None = None
+    bitmaps: list[Qcow2BitmapInfo] | None = None
     refcount_bits: int
     corrupt: bool | None = None
     extended_l2: bool | None = None
@@ -92,6 +92,7 @@ class Qcow2Driver(FormatDriver):
     zeroer: Zeroer
     compressor: Compressor
     resizer: Resizer
+    stored_bitmaps: StoredBitmaps
 
     @classmethod
     def probe(cls, head: bytes, filename: str) -> int:
@@ -110,6 +111,9 @@ class Qcow2Driver(FormatDriver):
         self._assemble(storage, header)
         await self.image.load_l1()
         await self._load_snapshots()
+        if not self.node.flags.repair:
+            await self.stored_bitmaps.read_directory()
+            self.stored_bitmaps.attach()
         if not self.node.flags.read_only:
             await self._become_writer()
         self._clean_timer: asyncio.TimerHandle | None = None
@@ -145,6 +149,7 @@ class Qcow2Driver(FormatDriver):
         assert isinstance(options, Qcow2Options)
         settings = Settings.make(options, node.flags, header, Geometry.of(header))
         self.image = image = Image(node, storage, header, settings)
+        self.stored_bitmaps = StoredBitmaps(image)
         self.mapping = Mapping(image)
         self.writer = Writer(image, self.mapping)
         self.zeroer = Zeroer(image, self.mapping, self.writer)
@@ -187,6 +192,7 @@ class Qcow2Driver(FormatDriver):
             from blocklayer.drivers.qcow2.check import rebuild_refcounts
 
             await rebuild_refcounts(self)
+        await self.stored_bitmaps.become_writer()
 
     async def reload(self) -> None:
         """Read everything anew: a repair has rewritten the image below its caches."""
@@ -194,6 +200,8 @@ class Qcow2Driver(FormatDriver):
         self._assemble(storage, await self._read_header(storage))
         await self.image.load_l1()
         await self._load_snapshots()
+        if not self.node.flags.repair:
+            await self.stored_bitmaps.read_directory()
         self.node.mapping_changed()
 
     async def close(self) -> None:
@@ -206,6 +214,7 @@ class Qcow2Driver(FormatDriver):
                 await flushing.write_all(self.image)
                 if not self.node.flags.repair and not self.image.stays_dirty:
                     await self.image.set_dirty(False)
+                await self.stored_bitmaps.store()
 
     def _schedule_cleaning(self) -> None:
         interval_s = self.image.settings.clean_interval_s
@@ -280,6 +289,7 @@ class Qcow2Driver(FormatDriver):
             lazy = header.compatible_features & qcow2_header.COMPATIBLE_LAZY_REFCOUNTS
             corrupt = header.incompatible_features & qcow2_header.INCOMPATIBLE_CORRUPT
             info.lazy_refcounts = bool(lazy)
+            info.bitmaps = self.stored_bitmaps.info() or None
             info.corrupt = bool(corrupt)
             info.extended_l2 = header.extended_l2
         return info
@@ -447,11 +457,23 @@ class Qcow2Driver(FormatDriver):
         assert isinstance(options, Qcow2CreateOptions)
         await create(graph, target, options)
 
-    async def bitmap_shapes(self) -> list[BitmapShape] | None:
-        """Those that the directory calls consistent."""
-        from blocklayer.drivers.qcow2.measure import stored_bitmaps
+    @property
+    def stores_bitmaps(self) -> bool:
+        """Version 3 has them."""
+        return self.image.header.version >= 3
 
-        return await stored_bitmaps(self.image)
+    def warnings(self) -> list[str]:
+        """Bitmaps that a foreign writer has made worthless."""
+        return self.stored_bitmaps.warnings()
+
+    def check_bitmap_storable(self, name: str, granularity: int) -> None:
+        """Images of version 3 hold bitmaps, within limits."""
+        self.stored_bitmaps.check_storable(name, granularity)
+
+    async def remove_stored_bitmap(self, name: str) -> None:
+        """Take it out of the directory, and free its space."""
+        async with self.image.lock:
+            await self.stored_bitmaps.remove(name)
 
     @classmethod
     async def measure(

@@ -56,6 +56,8 @@ class Image:
         self.l1_dirty: set[int] = set()
         """Sectors of the L1 table that differ from the file."""
         self.snapshots: list[Snapshot] = []
+        self.bitmap_directory = (0, 0)
+        """Host offset and length of the bitmap directory, if there is one."""
         self.overlap = Overlap(settings.overlap_kinds, self.geometry.cluster_size)
         self.refcounts = Refcounts(self)
         self.slices = SliceCache(self)
@@ -129,6 +131,7 @@ class Image:
         for entry in self.l1:
             if entry & OFFSET_MASK:
                 guard.add(overlap.ACTIVE_L2, entry & OFFSET_MASK, geometry.cluster_size)
+        guard.add(overlap.BITMAP_DIRECTORY, *self.bitmap_directory)
         if self.snapshots:
             await self._enter_snapshots()
         guard.complete = True

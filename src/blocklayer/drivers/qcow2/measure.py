@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Final
 
 from blocklayer.codec.qcow2 import bitmaps
 from blocklayer.codec.qcow2.geometry import Geometry
-from blocklayer.codec.qcow2.header import AUTOCLEAR_BITMAPS, EXTENSION_BITMAPS
 from blocklayer.errors import UsageError
 from blocklayer.graph.driver import BitmapShape, Measured, Measurement
 from blocklayer.units import align_up, div_up
 
 if TYPE_CHECKING:
     from blocklayer.drivers.qcow2.create import Qcow2CreateOptions
-    from blocklayer.drivers.qcow2.image import Image
 
 _DIRECTORY_ENTRY: Final = 24
 """Bytes of a bitmap's directory entry before its name."""
@@ -92,25 +90,3 @@ def _bitmaps_size(shapes: Sequence[BitmapShape], size: int, geometry: Geometry) 
         clusters += needed + geometry.cluster_count(needed * 8)
         directory += align_up(_DIRECTORY_ENTRY + len(shape.name.encode()), 8)
     return (clusters << geometry.cluster_bits) + geometry.align_up(directory)
-
-
-async def stored_bitmaps(image: Image) -> list[BitmapShape] | None:
-    """The bitmaps of the image's directory that are consistent; None if version 2 rules them out.
-
-    Raises FormatError.
-    """
-    if image.header.version < 3:
-        return None
-    data = image.header.extension(EXTENSION_BITMAPS)
-    if data is None or not image.header.autoclear_features & AUTOCLEAR_BITMAPS:
-        return []
-    extension = bitmaps.decode_bitmaps_extension(data)
-    bitmaps.validate_bitmaps_extension(extension, image.geometry.cluster_size)
-    directory = await image.storage.read(
-        extension.bitmap_directory_offset, extension.bitmap_directory_size
-    )
-    return [
-        BitmapShape(entry.name, 1 << entry.granularity_bits)
-        for entry in bitmaps.decode_directory(directory, extension.nb_bitmaps)
-        if not entry.in_use
-    ]

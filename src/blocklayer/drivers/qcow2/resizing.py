@@ -48,6 +48,8 @@ class Resizer:
             raise UsageError("The new size must be a multiple of 512")
         if size == old:
             return
+        if not size and any(each.persistent for each in image.node.dirty_bitmaps.values()):
+            raise UnsupportedError("Can't resize an image which has persistent bitmaps to 0 bytes")
         if image.snapshots and image.header.version < 3:
             raise UnsupportedError("Can't resize a v2 image which has snapshots")
         if size < old:

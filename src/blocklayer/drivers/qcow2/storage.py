@@ -52,7 +52,7 @@ class Storage:
         node = self.node
         node.check_writable()
         if isinstance(node.driver, ProtocolDriver):
-            await node.driver.write(offset, buffers)
+            await io.write_stored(node, offset, buffers)
             return
         data = b"".join(buffers)
         await self.reserve(offset + len(data))
