@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING
 
 from blocklayer.errors import UsageError
 from blocklayer.graph import io
-from blocklayer.graph.child import Child, Role
-from blocklayer.graph.driver import Buffer, DriverInfo, FilterDriver, FormatDriver
-from blocklayer.graph.extent import Extent, Kind
-from blocklayer.graph.options import NodeOptions, Reference
+from blocklayer.graph.child import Child
+from blocklayer.graph.driver import Buffer, FilterDriver, FilterOptions, FormatDriver
 from blocklayer.graph.permission import Permission
 from blocklayer.graph.resolve import runs
 from blocklayer.units import MIB, align_down, align_up
@@ -29,10 +27,9 @@ _CHUNK = MIB
 """What is copied at a time: a bound on memory, and on how long a write may have to wait."""
 
 
-class CopyOnReadOptions(NodeOptions):
+class CopyOnReadOptions(FilterOptions):
     """``bottom``: the lowest node of the backing chain whose data are copied."""
 
-    file: Reference = ""
     bottom: str | None = None
 
 
@@ -41,6 +38,8 @@ class CopyOnReadDriver(FilterDriver):
 
     NAME = "copy-on-read"
     Options = CopyOnReadOptions
+    sees_reads = True
+    sees_writes = True
 
     def __init__(self, node: Node) -> None:
         super().__init__(node)
@@ -50,7 +49,8 @@ class CopyOnReadDriver(FilterDriver):
         """Open the child, which must be writable, and find ``bottom`` below it."""
         options = self.node.options
         assert isinstance(options, CopyOnReadOptions)
-        child = await self.node.open_child("file", options.file, Role.FILTERED)
+        await super().open()
+        child = self.child
         if options.bottom is not None:
             self._bottom = self.node.graph.find(options.bottom)
             if self._bottom not in child.chain()[1:]:
@@ -59,25 +59,15 @@ class CopyOnReadDriver(FilterDriver):
                 )
         if child.read_only:
             raise UsageError(f"'{child.filename}' is read-only: nothing can be copied to it")
-        self.zero_alignment = child.driver.zero_alignment
-        self.discard_alignment = child.driver.discard_alignment
-
-    @property
-    def _child(self) -> Node:
-        return self.node.children["file"].node
 
     @property
     def _unit(self) -> int:
-        driver = self._child.driver
+        driver = self.child.driver
         return driver.allocation_unit if isinstance(driver, FormatDriver) else 1
 
     def child_permissions(self, child: Child, taken: int, shared: int) -> tuple[int, int]:
         """Copying writes what is there already; nobody else may write meanwhile."""
         return taken | Permission.WRITE_UNCHANGED, shared & ~(Permission.WRITE | Permission.RESIZE)
-
-    async def map(self, offset: int, length: int) -> Extent:
-        """Every request is to be seen."""
-        return Extent(offset, length, Kind.OPAQUE, writable=True)
 
     async def read_opaque(self, offset: int, view: memoryview) -> None:
         """Copy what is missing, chunk by chunk, and read."""
@@ -89,20 +79,20 @@ class CopyOnReadDriver(FilterDriver):
 
     async def _read_chunk(self, offset: int, view: memoryview) -> None:
         start = align_down(offset, self._unit)
-        end = min(align_up(offset + len(view), self._unit), self._child.size)
+        end = min(align_up(offset + len(view), self._unit), self.child.size)
         if await self._missing(start, end):
             async with self.node.claims.claim(start, end):
                 # Another request may have copied or written it while this one waited.
                 for low, high in await self._missing(start, end):
                     await self._copy(low, high)
-        await io.read_into(self._child, offset, view)
+        await io.read_into(self.child, offset, view)
 
     async def _missing(self, start: int, end: int) -> list[tuple[int, int]]:
         """The runs that are to be copied."""
-        layers = self._child.chain()
+        layers = self.child.chain()
         lowest = layers.index(self._bottom) if self._bottom is not None else None
         found = []
-        async for run in runs(self._child, start, end - start):
+        async for run in runs(self.child, start, end - start):
             own = run.depth == 0 and run.present
             too_low = lowest is not None and (run.depth > lowest or not run.present)
             if not own and not too_low:
@@ -110,7 +100,7 @@ class CopyOnReadDriver(FilterDriver):
         return found
 
     async def _copy(self, start: int, end: int) -> None:
-        child = self._child
+        child = self.child
         data = await io.read(child, start, end - start)
         if io.is_zero(data):
             await io.write_zeroes(child, start, len(data))
@@ -120,25 +110,14 @@ class CopyOnReadDriver(FilterDriver):
     async def write_opaque(self, offset: int, data: Buffer) -> None:
         """Pass on."""
         async with self.node.claims.claim(offset, offset + len(data)):
-            await io.write(self._child, offset, data)
+            await super().write_opaque(offset, data)
 
-    async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
-        """Pass on; the caller holds the claim."""
-        await io.write_zeroes(self._child, offset, length, unmap=unmap, fallback=False)
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool, fallback: bool) -> None:
+        """Pass on."""
+        async with self.node.claims.claim(offset, offset + length):
+            await super().write_zeroes(offset, length, unmap=unmap, fallback=fallback)
 
     async def discard(self, offset: int, length: int) -> None:
         """Pass on."""
         async with self.node.claims.claim(offset, offset + length):
-            await io.discard(self._child, offset, length)
-
-    async def flush(self) -> None:
-        """Nothing is kept here."""
-        await io.flush(self._child)
-
-    async def truncate(self, size: int, *, preallocation: str, shrink: bool) -> None:
-        """Pass on."""
-        await io.truncate(self._child, size, preallocation=preallocation, shrink=shrink)
-
-    def info(self) -> DriverInfo | None:
-        """The child's."""
-        return self._child.driver.info()
+            await super().discard(offset, length)

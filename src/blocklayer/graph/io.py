@@ -18,7 +18,7 @@ import errno
 from collections.abc import Sequence
 
 from blocklayer.errors import StorageError, UnsupportedError, UsageError
-from blocklayer.graph.driver import Buffer, FormatDriver, ProtocolDriver
+from blocklayer.graph.driver import Buffer, FilterDriver, FormatDriver, ProtocolDriver
 from blocklayer.graph.extent import Allocation, Kind
 from blocklayer.graph.node import Node
 from blocklayer.graph.registry import PROBE_SIZE
@@ -226,6 +226,9 @@ async def write_zeroes(
     unmap = unmap and node.flags.discard_unmap
     end = offset + length
     try:
+        if isinstance(node.driver, FilterDriver):
+            await node.driver.write_zeroes(offset, length, unmap=unmap, fallback=fallback)
+            return
         start, stop = await _zero_units(node, offset, end, unmap, fallback)
         await _zero_by_writing(node, offset, start)
         await _zero_by_writing(node, stop, end)
@@ -297,6 +300,9 @@ async def discard(node: Node, offset: int, length: int) -> None:
         if isinstance(driver, FormatDriver):
             async with node.claims.claim(start, stop):
                 await driver.discard(start, stop - start)
+        elif isinstance(driver, FilterDriver):
+            start, stop = offset, end
+            await driver.discard(offset, length)
         else:
             await driver.discard(start, stop - start)
     except UnsupportedError:
@@ -311,6 +317,13 @@ async def write_compressed(node: Node, offset: int, data: Buffer) -> None:
     check_range(node, offset, len(data))
     node.check_writable()
     driver = node.driver
+    if isinstance(driver, FilterDriver):
+        try:
+            await driver.write_compressed(offset, data)
+        finally:
+            if node.watchers:
+                node.changed(offset, len(data))
+        return
     if not isinstance(driver, FormatDriver):
         raise UnsupportedError(f"Driver '{driver.NAME}' does not support compressed writes")
     unit = driver.allocation_unit

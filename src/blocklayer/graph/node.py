@@ -189,10 +189,18 @@ class Node:
             raise StorageError(f"Writes to '{self.filename}' are refused: {self.poisoned}", 5)
 
     def chain(self) -> list[Node]:
-        """This node and its backing nodes, from the top down."""
+        """The layers of the image: this node and its backing nodes, from the top down.
+
+        Filters hold nothing, and are left out.
+        """
+        from blocklayer.graph.driver import FilterDriver
+
         layers: list[Node] = []
         layer: Node | None = self
         while layer is not None:
+            if isinstance(layer.driver, FilterDriver):
+                layer = layer.driver.child
+                continue
             layers.append(layer)
             layer = layer.backing
         return layers

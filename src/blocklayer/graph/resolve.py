@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import AsyncIterator
 
-from blocklayer.graph.driver import FormatDriver, ProtocolDriver
+from blocklayer.graph.driver import FilterDriver, FormatDriver, ProtocolDriver
 from blocklayer.graph.extent import Extent, Kind, Run
 from blocklayer.graph.node import Node
 from blocklayer.units import GIB
@@ -61,6 +61,12 @@ async def _walk(node: Node, offset: int, length: int, holes: bool = False) -> Ru
     """Follow ``offset`` from ``node`` down to where its bytes end."""
     layer, depth, reach = node, 0, offset + length
     while True:
+        if isinstance(layer.driver, FilterDriver) and (
+            layer.driver.shows_child if holes else not layer.driver.sees_reads
+        ):
+            # It shows what is below as it is: no layer of its own.
+            layer = layer.driver.child
+            continue
         generation, start, end, below = layer.gap
         if generation != layer.generation or not start <= offset < end:
             generation = layer.generation
@@ -115,7 +121,7 @@ async def _settle(
 
 async def status(node: Node, offset: int, length: int) -> Run:
     """Like ``locate``, but never longer than asked, and with holes of the storage told apart."""
-    if isinstance(node.driver, FormatDriver):
+    if isinstance(node.driver, FormatDriver | FilterDriver):
         return await _walk(node, offset, length, holes=True)
     extent = await node.driver.map(offset, length)
     kind = extent.kind
