@@ -20,15 +20,13 @@ from contextlib import AsyncExitStack
 
 import msgspec
 
-from blocklayer.errors import BlockError
-from blocklayer.graph import io
 from blocklayer.graph.driver import FormatDriver
 from blocklayer.graph.root import Root
 from blocklayer.jobs.plan import Chunk, Gatherer, Piece, Segment, data_ranges
-from blocklayer.jobs.reading import Load, Reader, Warn, located, new_buffer
+from blocklayer.jobs.reading import Load, Reader, Warn, new_buffer
 from blocklayer.jobs.threads import Threads, crew
-from blocklayer.jobs.writing import Writer, gaps, spans, store_all, tell_watchers
-from blocklayer.units import KIB, MIB, align_down, align_up
+from blocklayer.jobs.writing import spans, store_chunk
+from blocklayer.units import KIB, MIB
 
 CHUNK_SIZE = 2 * MIB
 """What is read and written at once. Less costs hand-overs; writes of 4 MiB at once sometimes take
@@ -173,30 +171,10 @@ class Copier:
         await self._read(chunk, buffer, loaders)
         if self.options.in_order:
             await self._turns.wait(ticket)
-        node = self.target.node
-        node.check_writable()
-        zeros = list(chunk.zeros)
-        if chunk.segments:
-            async with AsyncExitStack() as held:
-                if isinstance(node.driver, FormatDriver) and node.driver.relocates:
-                    start, end = align_down(chunk.start, self.unit), align_up(chunk.end, self.unit)
-                    await held.enter_async_context(node.claims.claim(start, end))
-                try:
-                    await self._write(chunk, buffer, storer)
-                finally:
-                    if node.watchers:
-                        for segment in chunk.segments:
-                            node.changed(segment.offset, segment.end - segment.offset)
-            if not self.options.zeros_known:
-                for segment in chunk.segments:
-                    zeros += gaps(segment, self.unit)
-        else:
-            self._turns.passed()
-        for start, end in zeros:
-            try:
-                await io.write_zeroes(node, start, end - start, unmap=True)
-            except BlockError as error:
-                raise located("writing", start, error) from error
+        await store_chunk(
+            self.target.node, chunk, buffer, storer, zeros_known=self.options.zeros_known,
+            placed=self._turns.passed,
+        )  # fmt: skip
 
     async def _read(self, chunk: Chunk, buffer: memoryview, loaders: Threads) -> None:
         """Fill ``buffer`` with the chunk's segments and find the zeros in it."""
@@ -230,32 +208,3 @@ class Copier:
                 if packed is not None:
                     found[offset] = packed
         return found
-
-    async def _write(self, chunk: Chunk, buffer: memoryview, storer: Threads) -> None:
-        """Allocate in turn, store, commit. The chunk's range is claimed."""
-        node = self.target.node
-        driver = node.driver
-        writer = Writer(node, buffer, zeros_known=self.options.zeros_known)
-        try:
-            for segment in chunk.segments:
-                for start, end in spans(segment, self.unit):
-                    try:
-                        await writer.place(segment, start, end)
-                    except (BlockError, OSError) as error:
-                        raise located("writing", start, error) from error
-            self._turns.passed()
-            stores = await writer.store_on_loop()
-            if stores:
-                try:
-                    await storer.run(store_all, stores)
-                finally:
-                    tell_watchers(stores)
-            if isinstance(driver, FormatDriver):
-                while writer.pending:
-                    await driver.commit(writer.pending[0])
-                    del writer.pending[0]
-        except BaseException:
-            if isinstance(driver, FormatDriver):
-                for allocation in writer.pending:
-                    await driver.abort(allocation)
-            raise

@@ -8,17 +8,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 
 import msgspec
 
 from blocklayer.errors import BlockError
 from blocklayer.graph import io
-from blocklayer.graph.driver import FormatDriver, ProtocolDriver, ThreadSafeIO
+from blocklayer.graph.driver import Driver, FormatDriver, ProtocolDriver, ThreadSafeIO
 from blocklayer.graph.extent import Allocation, Kind
 from blocklayer.graph.node import Node
-from blocklayer.jobs.plan import Segment
+from blocklayer.graph.resolve import runs
+from blocklayer.jobs.plan import Chunk, Segment
 from blocklayer.jobs.reading import located
+from blocklayer.jobs.threads import Threads
 from blocklayer.units import align_down, align_up
 
 Ranges = list[tuple[int, int]]
@@ -52,8 +55,8 @@ class Writer:
         if isinstance(driver, ProtocolDriver):
             self._add(self.node, start, segment, start, end)
             return
-        assert isinstance(driver, FormatDriver)
         if segment.packed:
+            assert isinstance(driver, FormatDriver)
             await self._place_packed(driver, segment, start, end)
             return
         await self._place_plain(driver, segment, start, end)
@@ -71,13 +74,12 @@ class Writer:
                 await driver.write_packed(start, packed)
             start = stop
 
-    async def _place_plain(
-        self, driver: FormatDriver, segment: Segment, start: int, end: int
-    ) -> None:
+    async def _place_plain(self, driver: Driver, segment: Segment, start: int, end: int) -> None:
         while start < end:
             extent = await driver.map(start, end - start)
             stop = start + min(extent.length, end - start)
             if not extent.writable:
+                assert isinstance(driver, FormatDriver)
                 allocation = await driver.allocate(start, stop - start)
                 self.pending.append(allocation)
                 stop = start + allocation.length
@@ -147,6 +149,89 @@ class Writer:
             except BlockError as error:
                 raise located("writing", store.offset, error, store.node.filename) from error
         return threaded
+
+
+async def store_chunk(
+    node: Node,
+    chunk: Chunk,
+    buffer: memoryview,
+    storer: Threads,
+    *,
+    zeros_known: bool,
+    look_for_zeros: bool = False,
+    placed: Callable[[], None] = lambda: None,
+) -> None:
+    """Write ``chunk``, which was read into ``buffer``, to ``node``: allocate, store, commit.
+
+    ``look_for_zeros``: what reads as zeros in ``node`` already is not made zero again, so that it
+    stays unallocated. ``placed`` is called once all space is set aside: another chunk may take its
+    turn.
+    """
+    node.check_writable()
+    driver = node.driver
+    unit = driver.allocation_unit if isinstance(driver, FormatDriver) else 1
+    zeros = list(chunk.zeros)
+    if not chunk.segments:
+        placed()
+    else:
+        async with AsyncExitStack() as held:
+            if isinstance(driver, FormatDriver) and driver.relocates:
+                start, end = align_down(chunk.start, unit), align_up(chunk.end, unit)
+                await held.enter_async_context(node.claims.claim(start, end))
+            try:
+                await _store_segments(
+                    Writer(node, buffer, zeros_known=zeros_known), chunk, unit, storer, placed
+                )
+            finally:
+                if node.watchers:
+                    for segment in chunk.segments:
+                        node.changed(segment.offset, segment.end - segment.offset)
+        if not zeros_known:
+            for segment in chunk.segments:
+                zeros += gaps(segment, unit)
+    for start, end in zeros:
+        try:
+            if look_for_zeros:
+                await _zero_the_rest(node, start, end)
+            else:
+                await io.write_zeroes(node, start, end - start, unmap=True)
+        except BlockError as error:
+            raise located("writing", start, error) from error
+
+
+async def _zero_the_rest(node: Node, start: int, end: int) -> None:
+    async for run in runs(node, start, end - start):
+        if run.kind is not Kind.ZERO:
+            await io.write_zeroes(node, run.offset, run.length, unmap=True)
+
+
+async def _store_segments(
+    writer: Writer, chunk: Chunk, unit: int, storer: Threads, placed: Callable[[], None]
+) -> None:
+    driver = writer.node.driver
+    try:
+        for segment in chunk.segments:
+            for start, end in spans(segment, unit):
+                try:
+                    await writer.place(segment, start, end)
+                except (BlockError, OSError) as error:
+                    raise located("writing", start, error) from error
+        placed()
+        stores = await writer.store_on_loop()
+        if stores:
+            try:
+                await storer.run(store_all, stores)
+            finally:
+                tell_watchers(stores)
+        if isinstance(driver, FormatDriver):
+            while writer.pending:
+                await driver.commit(writer.pending[0])
+                del writer.pending[0]
+    except BaseException:
+        if isinstance(driver, FormatDriver):
+            for allocation in writer.pending:
+                await driver.abort(allocation)
+        raise
 
 
 def tell_watchers(stores: Sequence[tuple[ThreadSafeIO, Store]]) -> None:
