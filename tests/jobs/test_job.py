@@ -35,7 +35,7 @@ class Steps(Job):
     async def run(self) -> None:
         self.total = self.count
         for number in range(self.count):
-            async with self.step(1):
+            async with self.step():
                 await self.gate.acquire()
                 if number == self.fails_at:
                     raise StorageError("it broke", 5)

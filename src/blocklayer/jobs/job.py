@@ -166,11 +166,11 @@ class Job(ABC):
         self.pace.set(bytes_per_s)
 
     @asynccontextmanager
-    async def step(self, length: int = 0) -> AsyncIterator[None]:
-        """One piece of the work, of about ``length`` bytes: waits while the job is paused or has
-        to be slow. What is inside the block is not interrupted by a pause.
+    async def step(self) -> AsyncIterator[None]:
+        """One piece of the work: waits while the job is paused or was too fast (``pace.charge``).
+        What is inside the block is not interrupted by a pause.
         """
-        await self.pace.wait(length)
+        await self.pace.wait()
         while self._pauses:
             self._stand_still()
             await self._going.wait()

@@ -21,16 +21,21 @@ class Pace:
             self._changed.set()
             self._changed = None
 
-    async def wait(self, length: int) -> None:
-        """Wait until ``length`` more bytes may go."""
-        while self.bytes_per_s:
+    def charge(self, length: int) -> None:
+        """``length`` bytes have gone: what comes next has to wait for that."""
+        if self.bytes_per_s:
             now_s = asyncio.get_running_loop().time()
-            if self._due_s <= now_s:
-                self._due_s = now_s + length / self.bytes_per_s
+            self._due_s = max(self._due_s, now_s) + length / self.bytes_per_s
+
+    async def wait(self) -> None:
+        """Wait until more may go."""
+        while self.bytes_per_s:
+            ahead_s = self._due_s - asyncio.get_running_loop().time()
+            if ahead_s <= 0:
                 return
             if self._changed is None:
                 self._changed = asyncio.Event()
             try:
-                await asyncio.wait_for(self._changed.wait(), self._due_s - now_s)
+                await asyncio.wait_for(self._changed.wait(), ahead_s)
             except TimeoutError:
                 pass
