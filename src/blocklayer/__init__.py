@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from blocklayer.api import disk as aio
-    from blocklayer.api.sync import Disk, create, open
+    from blocklayer.api.sync import Disk, create, open, stream
     from blocklayer.errors import BlockError
     from blocklayer.graph.gate import Policy
 
 __version__ = "0.1.0"
-__all__ = ["BlockError", "Disk", "Policy", "aio", "create", "open"]
+__all__ = ["BlockError", "Disk", "Policy", "aio", "create", "open", "stream"]
 
 _HOMES = {
     "BlockError": "blocklayer.errors",
@@ -30,6 +30,7 @@ _HOMES = {
     "Policy": "blocklayer.graph.gate",
     "create": "blocklayer.api.sync",
     "open": "blocklayer.api.sync",
+    "stream": "blocklayer.api.sync",
 }
 
 

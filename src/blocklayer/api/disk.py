@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from blocklayer.api.bitmaps import Bitmaps
 from blocklayer.api.map import MapEntry, map_entries
@@ -26,6 +26,9 @@ from blocklayer.graph.open import open_image
 from blocklayer.graph.permission import Permission
 from blocklayer.graph.root import Root
 from blocklayer.units import parse_size
+
+if TYPE_CHECKING:
+    from blocklayer.api.stream import Stream
 
 Image = str | os.PathLike[str] | Mapping[str, Any]
 """A file name, a ``json:{…}`` name, a URI, or a dict of ``blockdev-add`` options."""
@@ -209,3 +212,16 @@ async def create(
         backing=None if backing is None else os.fspath(backing),
         backing_format=backing_format,
     )
+
+
+async def stream(disk: Disk, format: str = "qcow2", **options: Any) -> Stream:
+    """What ``disk`` shows, as the bytes of a new image; see ``api.stream.stream``.
+
+    >>> async with await blocklayer.aio.stream(disk, "qcow2", compress=True) as image:
+    ...     response.content_length = image.size
+    ...     async for chunk in image:
+    ...         await response.write(chunk)
+    """
+    from blocklayer.api.stream import stream as start
+
+    return await start(disk, format, **options)

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Coroutine, Iterator
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from blocklayer.api import disk as aio
 from blocklayer.api.bitmaps import Bitmaps as AsyncBitmaps
@@ -20,6 +20,9 @@ from blocklayer.api.map import MapEntry
 from blocklayer.graph import waiting
 from blocklayer.graph.dirty_bitmap import BlockDirtyInfo
 from blocklayer.graph.driver import Buffer, SnapshotInfo
+
+if TYPE_CHECKING:
+    from blocklayer.api.stream import Stream as AsyncStream
 
 T = TypeVar("T")
 
@@ -171,3 +174,54 @@ def open(image: aio.Image, **options: Any) -> Disk:
 def create(filename: str | os.PathLike[str], size: int | str | None = None, **options: Any) -> None:
     """Make a new image; ``options`` as for ``blocklayer.aio.create``."""
     run(aio.create(filename, size, **options))
+
+
+class Stream:
+    """A new image as chunks of bytes: ``for chunk in stream``. Made by ``stream``."""
+
+    def __init__(self, stream: AsyncStream) -> None:
+        self.aio = stream
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of all chunks together (HTTP's Content-Length); None for vmdk, where only the end
+        tells."""
+        return self.aio.size
+
+    def __iter__(self) -> Iterator[bytes]:
+        chunks = self.aio.__aiter__()
+        try:
+            while True:
+                try:
+                    yield run(chunks.__anext__())
+                except StopAsyncIteration:
+                    return
+        finally:
+            run(chunks.aclose())
+            self.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the disk, wherever the stream is."""
+        run(self.aio.close())
+
+
+def stream(disk: Disk, format: str = "qcow2", **options: Any) -> Stream:
+    """What ``disk`` shows, as the bytes of a new image; ``options`` as for ``blocklayer.aio.stream``.
+
+    >>> with blocklayer.open("disk.qcow2") as disk, blocklayer.stream(disk, compress=True) as image:
+    ...     response.headers["Content-Length"] = image.size
+    ...     for chunk in image:
+    ...         response.write(chunk)
+    """
+    return Stream(run(aio.stream(disk.aio, format, **options)))

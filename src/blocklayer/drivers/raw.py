@@ -19,6 +19,7 @@ from blocklayer.graph.extent import Extent, Kind
 from blocklayer.graph.options import CreateOptions as AnyCreateOptions
 from blocklayer.graph.options import NodeOptions, Reference, Size
 from blocklayer.graph.permission import Permission
+from blocklayer.graph.streams import ImageStream, unstreamable
 from blocklayer.units import MAX_SIZE, SECTOR, align_up
 
 if TYPE_CHECKING:
@@ -41,6 +42,20 @@ class RawCreateOptions(AnyCreateOptions):
         Literal["off", "metadata", "falloc", "full"] | None,
         Meta(description="Preallocation mode (allowed values: off, falloc, full)"),
     ] = None
+
+
+class RawStream(ImageStream):
+    """All of the disk."""
+
+    unit = SECTOR
+    materialised = True
+
+    def __init__(self, options: AnyCreateOptions) -> None:
+        super().__init__(options.size)
+        named = unstreamable(options, frozenset(("size",)))
+        if named:
+            raise UnsupportedError(f"A raw image with {named} cannot be written as a stream")
+        self.length = self.size
 
 
 class RawDriver(FormatDriver):
@@ -166,6 +181,13 @@ class RawDriver(FormatDriver):
         assert isinstance(options, RawCreateOptions)
         size = align_up(options.size, SECTOR)
         await io.truncate(target, size, preallocation=options.preallocation or "off", shrink=True)
+
+    @classmethod
+    def stream(
+        cls, options: AnyCreateOptions, *, compress: bool, level: int | None
+    ) -> ImageStream:
+        """The disk's bytes, zeros and all."""
+        return RawStream(options)
 
     @classmethod
     async def measure(

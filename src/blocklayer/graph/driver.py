@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import msgspec
 
-from blocklayer.errors import UnsupportedError
+from blocklayer.errors import UnsupportedError, UsageError
 from blocklayer.graph.child import Role
 from blocklayer.graph.extent import Allocation, Extent, Kind
 from blocklayer.graph.options import AmendOptions, CreateOptions, NodeOptions, Reference
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from blocklayer.graph.child import Child
     from blocklayer.graph.graph import Graph
     from blocklayer.graph.node import Node
+    from blocklayer.graph.streams import ImageStream
 
 Buffer = bytes | bytearray | memoryview
 
@@ -326,7 +327,13 @@ class FormatDriver(Driver):
     async def abort(self, allocation: Allocation) -> None:
         """The space could not be filled: give it back."""
 
-    def pack(self, data: Buffer) -> bytes | None:
+    def compression_level(self, level: int | None) -> int | None:
+        """``level`` if ``pack`` takes it; None is the default. Raises UsageError."""
+        if level is not None:
+            raise UsageError(f"Compression levels are not offered for format '{self.NAME}'")
+        return None
+
+    def pack(self, data: Buffer, level: int | None = None) -> bytes | None:
         """One unit (or the image's tail) compressed; None if that gains nothing. In any thread."""
         raise UnsupportedError(f"Format '{self.NAME}' does not support compressed writes")
 
@@ -371,6 +378,15 @@ class FormatDriver(Driver):
     async def check(self, repair: frozenset[str]) -> CheckResult:
         """Compare all metadata; ``repair`` is a subset of {"leaks", "errors"}."""
         raise UnsupportedError(f"Format '{self.NAME}' does not support checks")
+
+    @classmethod
+    def stream(
+        cls, options: AnyCreateOptions, *, compress: bool, level: int | None
+    ) -> ImageStream:
+        """A new image made with ``options``, to be written in one pass (``graph.streams``)."""
+        raise UnsupportedError(
+            f"Format '{cls.NAME}' cannot be written as a stream: use raw, qcow2 or vmdk"
+        )
 
     @classmethod
     async def create(cls, graph: Graph, target: Node, options: CreateOptions) -> None:

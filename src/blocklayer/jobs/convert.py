@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
 from blocklayer.errors import BlockError, UnsupportedError, UsageError
 from blocklayer.graph import bitmaps
@@ -17,7 +17,7 @@ from blocklayer.graph.filename import storage_of
 from blocklayer.graph.node import Node
 from blocklayer.graph.root import Root
 from blocklayer.jobs.copying import Copier, CopyOptions
-from blocklayer.jobs.plan import Piece, piece_of, source_runs
+from blocklayer.jobs.plan import Piece, piece_of, pieces_within, source_runs
 from blocklayer.units import SECTOR, align_down, align_up
 
 
@@ -115,32 +115,21 @@ async def convert(
     all that is copied.
     """
     copier = Copier(target, options, progress)
+    pieces: AsyncIterator[Piece]
     if top_only:
-        pieces = _top_pieces(sources[0], target.node)
+        shown = 0 if target.node.backing is None else target.node.backing.size
+        pieces = top_pieces(sources[0], shown)
         if options.compress:
-            pieces = _whole_units(pieces, sources[0], copier.unit)
+            pieces = whole_units(pieces, sources[0], copier.unit)
     else:
-        pieces = _pieces(sources)
+        pieces = pieces_within(sources, 0, total_size(sources))
     await copier.copy(pieces)
     if options.compress:
         await target.write_compressed(0, b"")
 
 
-async def _pieces(sources: Sequence[Root]) -> AsyncIterator[Piece]:
-    shift = 0
-    for source in sources:
-        size = source.node.size
-        async for run, generation in source_runs(source, 0, size):
-            yield piece_of(run, generation, source, shift)
-        shift += size
-        if shift % SECTOR:
-            yield Piece(shift, SECTOR - shift % SECTOR)
-            shift = align_up(shift, SECTOR)
-
-
-async def _top_pieces(source: Root, target: Node) -> AsyncIterator[Piece]:
-    """What the top layer of ``source`` holds."""
-    shown = 0 if target.backing is None else target.backing.size
+async def top_pieces(source: Root, shown: int) -> AsyncGenerator[Piece, None]:
+    """What the top layer of ``source`` holds, over a backing file of ``shown`` bytes."""
     async for run, generation in source_runs(source, 0, source.node.size):
         if run.depth > 0 or not run.present:
             continue
@@ -152,9 +141,9 @@ async def _top_pieces(source: Root, target: Node) -> AsyncIterator[Piece]:
             yield piece
 
 
-async def _whole_units(
+async def whole_units(
     pieces: AsyncIterator[Piece], source: Root, unit: int
-) -> AsyncIterator[Piece]:
+) -> AsyncGenerator[Piece, None]:
     """Fill up the units that ``pieces`` cover in part: compressed clusters are written whole."""
     done = 0
     size = source.node.size

@@ -15,6 +15,7 @@ commits. The kernel copies while the interpreter's lock is free: two workers kee
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack
 
@@ -22,10 +23,11 @@ import msgspec
 
 from blocklayer.graph.driver import FormatDriver
 from blocklayer.graph.root import Root
-from blocklayer.jobs.plan import Chunk, Gatherer, Piece, Segment, data_ranges
-from blocklayer.jobs.reading import Load, Reader, Warn, new_buffer
+from blocklayer.jobs.filling import Filler, Pack
+from blocklayer.jobs.plan import Chunk, Gatherer, Piece
+from blocklayer.jobs.reading import Reader, Warn, new_buffer
 from blocklayer.jobs.threads import Threads, crew
-from blocklayer.jobs.writing import spans, store_chunk
+from blocklayer.jobs.writing import store_chunk
 from blocklayer.units import KIB, MIB
 
 CHUNK_SIZE = 2 * MIB
@@ -43,6 +45,8 @@ class CopyOptions(msgspec.Struct, kw_only=True):
     sparse_size: int = DEFAULT_SPARSE_SIZE
     """Zero runs of this length or more become holes; 0: everything is written, zeros too."""
     compress: bool = False
+    compression_level: int | None = None
+    """One that the target's format offers; None: its default, the fast one."""
     in_order: bool = True
     workers: int = DEFAULT_WORKERS
     bytes_per_s: int = 0
@@ -106,7 +110,6 @@ class Copier:
         driver = target.node.driver
         self.unit = driver.allocation_unit if isinstance(driver, FormatDriver) else 1
         self._progress = progress
-        self._reader = Reader(options.salvage)
         self._pace = Pace(options.bytes_per_s)
         self._turns = Turns()
         self._ticket = 0
@@ -125,18 +128,35 @@ class Copier:
         try:
             # A file takes one write at a time: more threads would spin on its lock, not help.
             with Threads(options.workers) as loaders, Threads(1) as storer:
+                filler = self._filler(loaders)
                 await crew(
                     options.workers,
-                    lambda: self._work(chunks, gatherer.limit, loaders, storer),
+                    lambda: self._work(chunks, gatherer.limit, filler, storer),
                 )
         finally:
             await chunks.aclose()
+
+    def _filler(self, loaders: Threads) -> Filler:
+        options, driver = self.options, self.target.node.driver
+        pack: Pack | None = None
+        if options.compress:
+            assert isinstance(driver, FormatDriver)
+            level = driver.compression_level(options.compression_level)
+            pack = functools.partial(driver.pack, level=level)
+        return Filler(
+            Reader(options.salvage),
+            loaders,
+            size=driver.size,
+            unit=self.unit,
+            sparse_size=options.sparse_size,
+            pack=pack,
+        )
 
     async def _work(
         self,
         chunks: AsyncGenerator[Chunk, None],
         capacity: int,
-        loaders: Threads,
+        filler: Filler,
         storer: Threads,
     ) -> None:
         buffer = new_buffer(capacity)
@@ -151,7 +171,7 @@ class Copier:
                     await self._pace.wait(chunk.length)
                     ticket, self._ticket = self._ticket, self._ticket + 1
                     await self._enter(chunk, requests)
-                await self._copy_chunk(chunk, buffer, ticket, loaders, storer)
+                await self._copy_chunk(chunk, buffer, ticket, filler, storer)
             self.done += chunk.covered
             if self._progress is not None:
                 self._progress(self.done)
@@ -166,45 +186,12 @@ class Copier:
                     await requests.enter_async_context(entered.request())
 
     async def _copy_chunk(
-        self, chunk: Chunk, buffer: memoryview, ticket: int, loaders: Threads, storer: Threads
+        self, chunk: Chunk, buffer: memoryview, ticket: int, filler: Filler, storer: Threads
     ) -> None:
-        await self._read(chunk, buffer, loaders)
+        await filler.fill(chunk, buffer)
         if self.options.in_order:
             await self._turns.wait(ticket)
         await store_chunk(
             self.target.node, chunk, buffer, storer, zeros_known=self.options.zeros_known,
             placed=self._turns.passed,
         )  # fmt: skip
-
-    async def _read(self, chunk: Chunk, buffer: memoryview, loaders: Threads) -> None:
-        """Fill ``buffer`` with the chunk's segments and find the zeros in it."""
-        loads = await self._reader.prepare(chunk.placed(), buffer)
-        if chunk.segments:
-            await loaders.run(self._fill, chunk, loads, buffer)
-
-    def _fill(self, chunk: Chunk, loads: list[Load], buffer: memoryview) -> None:
-        self._reader.fill(loads, buffer)
-        for segment in chunk.segments:
-            view = buffer[segment.at : segment.at + (segment.end - segment.offset)]
-            segment.data = [
-                (segment.offset + start, segment.offset + end)
-                for start, end in data_ranges(view, self.options.sparse_size)
-            ]
-            if self.options.compress:
-                segment.packed = self._pack(segment, view)
-
-    def _pack(self, segment: Segment, view: memoryview) -> dict[int, bytes]:
-        driver = self.target.node.driver
-        assert isinstance(driver, FormatDriver)
-        found: dict[int, bytes] = {}
-        for start, end in spans(segment, self.unit):
-            for offset in range(start, end, self.unit):
-                stop = min(offset + self.unit, end)
-                whole = offset % self.unit == 0 and (
-                    stop - offset == self.unit or stop == driver.size
-                )
-                at = offset - segment.offset
-                packed = driver.pack(view[at : at + (stop - offset)]) if whole else None
-                if packed is not None:
-                    found[offset] = packed
-        return found

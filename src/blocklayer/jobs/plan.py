@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 
 import msgspec
 
@@ -26,7 +26,7 @@ _SEGMENTS_A_CHUNK = 256
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
-    """Bytes for ``[offset, offset + length)`` of the target; without a ``source`` they are zeros.
+    """Bytes for ``[offset, offset + length)`` of the target: ``data``, or from a ``source``, or zeros.
 
     ``run`` tells where the source's bytes (or zeros) were found at ``generation`` of its node;
     without it, or later, the source is read the long way.
@@ -38,6 +38,13 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
     source_offset: int = 0
     run: Run | None = None
     generation: int = -1
+    data: memoryview | None = None
+    """The bytes themselves, where they came from no disk."""
+
+    @property
+    def zero(self) -> bool:
+        """Whether the bytes are zeros without being read."""
+        return self.source is None and self.data is None
 
     @property
     def end(self) -> int:
@@ -54,6 +61,7 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
             self.source_offset + (start - self.offset),
             self.run,
             self.generation,
+            None if self.data is None else self.data[start - self.offset : end - self.offset],
         )
 
 
@@ -68,6 +76,10 @@ class Segment(msgspec.Struct, gc=False):
     """What is not zero, as (start, end) within the target; known once it was read."""
     packed: dict[int, bytes] = {}
     """Units of the data that got smaller by compression, by offset."""
+
+    def view(self, buffer: memoryview) -> memoryview:
+        """The segment's part of the chunk's ``buffer``."""
+        return buffer[self.at : self.at + (self.end - self.offset)]
 
 
 class Chunk(msgspec.Struct, gc=False):
@@ -127,6 +139,23 @@ async def pieces_of(source: Root, size: int) -> AsyncIterator[Piece]:
         yield piece_of(run, generation, source)
     if source.node.size < size:
         yield Piece(source.node.size, size - source.node.size)
+
+
+async def pieces_within(
+    sources: Sequence[Root], start: int, end: int
+) -> AsyncGenerator[Piece, None]:
+    """``[start, end)`` of ``sources``, one after the other, each rounded up to whole sectors."""
+    shift = 0
+    for source in sources:
+        size = source.node.size
+        first, last = max(start - shift, 0), min(end - shift, size)
+        if first < last:
+            async for run, generation in source_runs(source, first, last - first):
+                yield piece_of(run, generation, source, shift)
+        first, shift = max(start, shift + size), shift + align_up(size, SECTOR)
+        last = min(end, shift)
+        if first < last:
+            yield Piece(first, last - first)
 
 
 async def side_by_side(
@@ -195,7 +224,7 @@ class Gatherer:
     async def chunks(self, pieces: AsyncIterator[Piece]) -> AsyncGenerator[Chunk, None]:
         """Gather ``pieces`` into chunks."""
         async for piece in pieces:
-            if piece.source is None and not self.materialise:
+            if piece.zero and not self.materialise:
                 self._take_zero(piece.offset, piece.end)
                 if len(self._chunk.zeros) >= _SEGMENTS_A_CHUNK:
                     yield self._finish_chunk()

@@ -83,7 +83,7 @@ class Reader:
         for at, piece in placed:
             view = buffer[at : at + piece.length]
             if piece.source is None:
-                view[:] = io.zeros(piece.length)
+                view[:] = io.zeros(piece.length) if piece.data is None else piece.data
                 continue
             load = _direct(piece, at)
             if load is None:

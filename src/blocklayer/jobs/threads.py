@@ -1,14 +1,15 @@
 """Threads and workers for bulk work, which have always ended when their user goes on.
 
 1. Neither ``Threads.run`` nor the pool's end leaves a function running (``graph.waiting``).
-2. ``crew`` ends when all workers have ended; the first error stops the others.
+2. ``crew`` ends when all workers have ended; the first error stops the others. So does ``in_order``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, TypeVar, TypeVarTuple
@@ -16,6 +17,7 @@ from typing import Any, TypeVar, TypeVarTuple
 from blocklayer.graph.waiting import in_thread
 
 T = TypeVar("T")
+U = TypeVar("U")
 Ts = TypeVarTuple("Ts")
 
 
@@ -51,3 +53,28 @@ async def crew(count: int, work: Callable[[], Coroutine[Any, Any, None]]) -> Non
         for worker in workers:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
+
+
+async def in_order(
+    items: AsyncIterator[T], work: Callable[[T], Coroutine[Any, Any, U]], most: int
+) -> AsyncGenerator[U, None]:
+    """``work`` of each item, ``most`` at once, given in the items' order.
+
+    Raises the first error met; all work has ended when this has.
+    """
+    running: deque[asyncio.Task[U]] = deque()
+    try:
+        ended = False
+        while True:
+            while not ended and len(running) < most:
+                item = await anext(items, None)
+                ended = item is None
+                if item is not None:
+                    running.append(asyncio.create_task(work(item)))
+            if not running:
+                return
+            yield await running.popleft()
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)

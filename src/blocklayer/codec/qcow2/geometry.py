@@ -8,6 +8,7 @@ Public:
       .join(l1_index, l2_index) -> guest_offset
       .cluster_count(length), .l1_entries(size), .align_down(offset), .align_up(offset)
       .refcount_position(host_offset) -> (table_index, block_index)
+      .refcount_clusters(known) -> (blocks, table_clusters)
     MAX_L1_TABLE_SIZE, MAX_REFCOUNT_TABLE_SIZE (bytes)
 """
 
@@ -135,3 +136,14 @@ class Geometry(msgspec.Struct, frozen=True):
     def refcount_position(self, host_offset: int) -> tuple[int, int]:
         """Refcount table index and index in the block, of the cluster at `host_offset`."""
         return divmod(host_offset >> self.cluster_bits, self.refcount_block_entries)
+
+    def refcount_clusters(self, known: int) -> tuple[int, int]:
+        """Refcount blocks, and clusters of their table, that count `known` clusters and all of
+        themselves."""
+        blocks = table = 0
+        while True:
+            more = -(-(known + blocks + table) // self.refcount_block_entries)
+            wider = self.cluster_count(more * 8)
+            if (more, wider) == (blocks, table):
+                return blocks, table
+            blocks, table = more, wider

@@ -1,17 +1,14 @@
 """Compressed clusters: unpacking them for reads, packing and placing them for writes.
 
-1. Unpacking never gives more than one cluster, whatever the data says, and less is an error.
-2. Packing runs in threads, placing in the order of the guest's clusters. What does not get smaller
+1. Packing runs in threads, placing in the order of the guest's clusters. What does not get smaller
    is stored plain.
-3. The last few unpacked clusters are kept, by their L2 entry; they are forgotten when any
+2. The last few unpacked clusters are kept, by their L2 entry; they are forgotten when any
    compressed cluster is written or given up, since its host space may then hold other data.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
-import threading
 from array import array
 from typing import TYPE_CHECKING, Final
 
@@ -19,11 +16,11 @@ import msgspec
 
 from blocklayer.codec.qcow2.entries import COMPRESSED, decode_compressed, encode_compressed
 from blocklayer.codec.qcow2.header import COMPRESSION_ZSTD
+from blocklayer.drivers.qcow2.packing import pack_cluster, packing_level, unpack_cluster
 from blocklayer.errors import CorruptionError
 from blocklayer.graph import io
 from blocklayer.graph.driver import Buffer
 from blocklayer.graph.waiting import in_place, offload
-from blocklayer.units import MIB
 
 if TYPE_CHECKING:
     from blocklayer.drivers.qcow2.image import Image
@@ -31,13 +28,6 @@ if TYPE_CHECKING:
     from blocklayer.drivers.qcow2.writing import Writer
 
 _KEPT_MAX: Final = 4
-_WINDOW_BITS: Final = 12
-_DEFLATE_LEVEL: Final = 3
-"""The best of ISA-L's levels: several times the speed of zlib's default, a few percent larger."""
-_ZSTD_LEVEL: Final = 1
-"""The fast one: higher levels gain a few percent, and cost a quarter of the speed or more."""
-_ZSTD_WINDOW_MAX: Final = 8 * MIB
-"""What every decoder is to support; an image cannot make us set more memory aside."""
 _IN_FLIGHT_MAX: Final = 4
 """Clusters packed at once."""
 _UNPACKED_AT_ONCE: Final = 32
@@ -66,6 +56,7 @@ class Compressor:
         self._size = image.geometry.cluster_size
         self._bits = image.geometry.cluster_bits
         self._zstd = image.header.compression_type == COMPRESSION_ZSTD
+        self._level = self.level(None)
         self._kept: dict[int, bytes] = {}
         self._kept_generation = -1
 
@@ -118,11 +109,10 @@ class Compressor:
             self._kept[part.entry] = last
 
     def _unpack_all(self, parts: list[_Part]) -> bytes:
-        unpack = _unpack_zstd if self._zstd else _unpack_deflate
         data = b""
         for part in parts:
             try:
-                data = unpack(part.packed, self._size)
+                data = unpack_cluster(part.packed, self._size, zstd=self._zstd)
             except ValueError as error:
                 raise CorruptionError(
                     f"'{self._image.node.filename}': compressed cluster of guest offset "
@@ -154,11 +144,13 @@ class Compressor:
                 task.cancel()
             await asyncio.gather(*packing, return_exceptions=True)
 
-    def pack(self, part: memoryview) -> bytes | None:
+    def level(self, level: int | None) -> int:
+        """``level`` if this image's compression has it, or the default. Raises UsageError."""
+        return packing_level("zstd" if self._zstd else "zlib", level)
+
+    def pack(self, part: Buffer, level: int | None = None) -> bytes | None:
         """The cluster compressed, or None if that gains nothing. In any thread."""
-        data = part if len(part) == self._size else bytes(part) + bytes(self._size - len(part))
-        packed = _pack_zstd(data) if self._zstd else _pack_deflate(data)
-        return packed if len(packed) < self._size else None
+        return pack_cluster(part, self._size, zstd=self._zstd, level=level or self._level)
 
     async def _place(self, offset: int, part: memoryview, packed: bytes | None) -> None:
         if packed is None:
@@ -183,65 +175,3 @@ class Compressor:
                 raise
             entry = encode_compressed(place, len(packed), image.geometry)
             self._writer.publish(found, index, guest, array("Q", (entry,)))
-
-
-def _pack_deflate(data: Buffer) -> bytes:
-    from isal import isal_zlib
-
-    packer = isal_zlib.compressobj(_DEFLATE_LEVEL, isal_zlib.DEFLATED, -_WINDOW_BITS)
-    return packer.compress(data) + packer.flush()
-
-
-def _unpack_deflate(packed: Buffer, size: int) -> bytes:
-    from isal import isal_zlib
-    from isal.igzip_lib import IsalError
-
-    # Readers of other makers' images: take any window that deflate can have.
-    unpacker = isal_zlib.decompressobj(-isal_zlib.MAX_WBITS)
-    try:
-        data = unpacker.decompress(packed, size)
-    except IsalError as error:  # type: ignore[misc]  # its stub says that it is no class
-        raise ValueError(str(error)) from None
-    if len(data) != size:
-        raise ValueError(f"it holds {len(data)} bytes, not {size}")
-    return data
-
-
-class _Zstd(threading.local):
-    """What zstd needs to work in one thread; making it anew costs as much as a cluster."""
-
-    def __init__(self) -> None:
-        import zstandard
-
-        self.packer = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
-        self.unpacker = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_MAX)
-
-
-@functools.cache
-def _zstd() -> _Zstd:
-    return _Zstd()
-
-
-def _pack_zstd(data: Buffer) -> bytes:
-    return _zstd().packer.compress(data)
-
-
-def _unpack_zstd(packed: Buffer, size: int) -> bytes:
-    import zstandard
-
-    unpacker = _zstd().unpacker
-    try:
-        told = zstandard.frame_content_size(packed)
-        if told > size:
-            raise ValueError(f"it holds {told} bytes, not {size}")
-        if told == size:
-            data = unpacker.decompress(packed)
-        else:
-            # Several frames, or one that does not tell: take what fits, whatever else there is.
-            with unpacker.stream_reader(packed, read_across_frames=True) as reader:
-                data = reader.read(size)
-    except zstandard.ZstdError as error:
-        raise ValueError(str(error)) from None
-    if len(data) != size:
-        raise ValueError(f"it holds {len(data)} bytes, not {size}")
-    return data

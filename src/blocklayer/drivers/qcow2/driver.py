@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from blocklayer.drivers.qcow2.snapshots import Snapshots
     from blocklayer.graph.graph import Graph
     from blocklayer.graph.node import Node
+    from blocklayer.graph.streams import ImageStream
 
 T = TypeVar("T")
 
@@ -348,9 +349,13 @@ class Qcow2Driver(FormatDriver):
         except CorruptionError as error:
             raise await self._signal(error) from None
 
-    def pack(self, data: Buffer) -> bytes | None:
+    def compression_level(self, level: int | None) -> int | None:
+        """The level, checked."""
+        return self.compressor.level(level)
+
+    def pack(self, data: Buffer, level: int | None = None) -> bytes | None:
         """Compress one cluster."""
-        return self.compressor.pack(memoryview(data))
+        return self.compressor.pack(data, level)
 
     async def write_packed(self, offset: int, packed: bytes) -> None:
         """Store a compressed cluster."""
@@ -484,6 +489,16 @@ class Qcow2Driver(FormatDriver):
 
         assert isinstance(options, Qcow2CreateOptions)
         return await measure(options, size, source)
+
+    @classmethod
+    def stream(
+        cls, options: graph_options.CreateOptions, *, compress: bool, level: int | None
+    ) -> ImageStream:
+        """Tables before data."""
+        from blocklayer.drivers.qcow2.stream import Qcow2Stream
+
+        assert isinstance(options, Qcow2CreateOptions)
+        return Qcow2Stream(options, compress=compress, level=level)
 
 
 def _snapshot_info(snapshot: Snapshot) -> SnapshotInfo:

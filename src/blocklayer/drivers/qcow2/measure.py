@@ -14,7 +14,7 @@ from blocklayer.codec.qcow2 import bitmaps
 from blocklayer.codec.qcow2.geometry import Geometry
 from blocklayer.errors import UsageError
 from blocklayer.graph.driver import BitmapShape, Measured, Measurement
-from blocklayer.units import align_up, div_up
+from blocklayer.units import align_up
 
 if TYPE_CHECKING:
     from blocklayer.drivers.qcow2.create import Qcow2CreateOptions
@@ -57,15 +57,7 @@ def _metadata_size(geometry: Geometry, size: int) -> int:
     """Bytes of the header and all tables of a disk of ``size`` bytes that is fully allocated."""
     l1_entries = geometry.l1_entries(size)
     known = 1 + l1_entries + geometry.cluster_count(l1_entries * 8)
-    counted = known + geometry.cluster_count(size)
-    blocks = tables = 0
-    while True:
-        # Refcount blocks and their table are counted by refcounts, too.
-        more = div_up(counted + blocks + tables, geometry.refcount_block_entries)
-        table = geometry.cluster_count(more * 8)
-        if (more, table) == (blocks, tables):
-            break
-        blocks, tables = more, table
+    blocks, tables = geometry.refcount_clusters(known + geometry.cluster_count(size))
     return (known + blocks + tables) << geometry.cluster_bits
 
 

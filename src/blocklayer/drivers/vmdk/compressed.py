@@ -23,10 +23,11 @@ from blocklayer.units import SECTOR, align_down, align_up
 _LEVEL = 1
 
 
-def _compress(data: bytes) -> bytes:
+def pack_grain_data(data: Buffer, grain_size: int) -> bytes:
+    """A grain (``data``, then zeros) compressed. In any thread."""
     from isal import isal_zlib
 
-    packed: bytes = isal_zlib.compress(data, _LEVEL)
+    packed: bytes = isal_zlib.compress(bytes(data).ljust(grain_size, b"\0"), _LEVEL)
     return packed
 
 
@@ -156,7 +157,7 @@ class CompressedExtent(SparseExtent):
 
     def pack(self, data: Buffer) -> bytes:
         """A grain, or the extent's tail, compressed. In any thread."""
-        return _compress(bytes(data).ljust(self.grain_size, b"\0"))
+        return pack_grain_data(data, self.grain_size)
 
     async def write_packed(self, offset: int, packed: bytes) -> None:
         """Append what ``pack`` made of the grain at guest ``offset``."""

@@ -82,23 +82,26 @@ async def write_disk(
         raise UsageError("Flat image can't have backing file")
     if flat and options.zeroed_grain:
         raise UsageError("Flat image can't enable zeroed grain")
-    if options.compat6 and options.hwversion != "undefined":
-        raise UsageError("compat6 cannot be enabled with hwversion set")
     size = align_up(options.size, SECTOR)
-    if Layout(size // SECTOR).table_count > MAX_TABLES:
-        raise UsageError("The image size is too large for file format 'vmdk': at most 128 TiB")
+    check_size(size)
     if subformat in ("monolithicSparse", "streamOptimized"):
         name = os.path.basename(target.filename)
-        text = _descriptor(options, [ExtentLine("RW", size // SECTOR, "SPARSE", name)], parent_cid)
+        text = descriptor(options, [ExtentLine("RW", size // SECTOR, "SPARSE", name)], parent_cid)
         if len(text) > DESCRIPTOR_SIZE:
             raise UsageError("The backing file name is too long for a VMDK descriptor")
         await _write_sparse(target, size, options, text)
         return
     lines = _plan(target, size, split=subformat.startswith("twoGb"), flat=flat)
-    text = _descriptor(options, lines, parent_cid)
+    text = descriptor(options, lines, parent_cid)
     await _write_extents(graph, target, lines, options)
     await io.truncate(target, len(text))
     await io.write(target, 0, text)
+
+
+def check_size(size: int) -> None:
+    """Raise UsageError if no disk can have ``size``."""
+    if Layout(size // SECTOR).table_count > MAX_TABLES:
+        raise UsageError("The image size is too large for file format 'vmdk': at most 128 TiB")
 
 
 def _plan(target: Node, size: int, *, split: bool, flat: bool) -> list[ExtentLine]:
@@ -122,7 +125,10 @@ def _plan(target: Node, size: int, *, split: bool, flat: bool) -> list[ExtentLin
     ]
 
 
-def _descriptor(options: VmdkCreateOptions, lines: list[ExtentLine], parent_cid: int) -> bytes:
+def descriptor(options: VmdkCreateOptions, lines: list[ExtentLine], parent_cid: int) -> bytes:
+    """The descriptor of a disk made with ``options``. Raises UsageError."""
+    if options.compat6 and options.hwversion != "undefined":
+        raise UsageError("compat6 cannot be enabled with hwversion set")
     hardware = "6" if options.compat6 else "4"
     if options.hwversion != "undefined":
         hardware = options.hwversion

@@ -34,6 +34,7 @@ from blocklayer.graph.graph import Graph
 from blocklayer.graph.node import Node
 from blocklayer.graph.options import CreateOptions as BaseCreateOptions
 from blocklayer.graph.options import Reference
+from blocklayer.graph.streams import ImageStream
 from blocklayer.units import SECTOR
 
 
@@ -313,7 +314,7 @@ class VmdkDriver(BlockFormatDriver):
         if part.full:
             await self._write_back()
 
-    def pack(self, data: Buffer) -> bytes | None:
+    def pack(self, data: Buffer, level: int | None = None) -> bytes | None:
         """A grain of a stream; other extents store it as it is."""
         streams = [part for part in self._extents if isinstance(part, CompressedExtent)]
         return streams[0].pack(data) if len(streams) == len(self._extents) == 1 else None
@@ -373,6 +374,16 @@ class VmdkDriver(BlockFormatDriver):
         if options.backing_file:
             parent_cid = await _parent_cid(graph, target, options)
         await write_disk(graph, target, options, parent_cid)
+
+    @classmethod
+    def stream(
+        cls, options: BaseCreateOptions, *, compress: bool, level: int | None
+    ) -> ImageStream:
+        """A disk with subformat=streamOptimized, whose grains are always compressed."""
+        from blocklayer.drivers.vmdk.stream import VmdkStream
+
+        assert isinstance(options, VmdkCreateOptions)
+        return VmdkStream(options, level)
 
 
 async def _parent_cid(graph: Graph, target: Node, options: VmdkCreateOptions) -> int:
