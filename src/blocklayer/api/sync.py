@@ -217,7 +217,7 @@ class Stream:
 
 
 def stream(disk: Disk, format: str = "qcow2", **options: Any) -> Stream:
-    """What ``disk`` shows, as the bytes of a new image; ``options`` as for ``blocklayer.aio.stream``.
+    """What ``disk`` shows, as the bytes of a new image; see ``blocklayer.aio.stream``.
 
     >>> with blocklayer.open("disk.qcow2") as disk, blocklayer.stream(disk, compress=True) as image:
     ...     response.headers["Content-Length"] = image.size

@@ -71,12 +71,15 @@ def complain(line: str) -> None:
 class Progress:
     """How far a long command is. Use with ``with``; ``style`` None shows nothing.
 
-    ``style`` is what ``-p`` or ``--progress[=json]`` gave: "bar" or "json".
+    ``style`` is what ``-p`` or ``--progress[=json]`` gave: "bar" or "json". ``aside`` shows it on
+    standard error, where standard output has other uses.
     """
 
-    def __init__(self, style: str | None) -> None:
+    def __init__(self, style: str | None, *, aside: bool = False) -> None:
         self._style = style
-        if style == "bar" and (program.startswith("qemu-") or not sys.stdout.isatty()):
+        self._aside = aside
+        output = sys.stderr if aside else sys.stdout
+        if style == "bar" and (program.startswith("qemu-") or not output.isatty()):
             self._style = "percent"
         self._shown = -1.0
         self._drawn_s = 0.0
@@ -87,8 +90,7 @@ class Progress:
 
     def __exit__(self, *failure: object) -> None:
         if self._style in ("bar", "percent"):
-            write("\n")
-            flush()
+            self._show("\n")
 
     def update(self, done: int, total: int) -> None:
         """``done`` of ``total`` bytes (or other units) are finished."""
@@ -104,7 +106,14 @@ class Progress:
         if not (due or complete or self._shown < 0):
             return
         self._shown, self._drawn_s = fraction, now_s
-        write(self._line(fraction, done, total))
+        self._show(self._line(fraction, done, total))
+
+    def _show(self, text: str) -> None:
+        if self._aside:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+            return
+        write(text)
         flush()
 
     def _line(self, fraction: float, done: int, total: int) -> str:

@@ -183,9 +183,7 @@ class RawDriver(FormatDriver):
         await io.truncate(target, size, preallocation=options.preallocation or "off", shrink=True)
 
     @classmethod
-    def stream(
-        cls, options: AnyCreateOptions, *, compress: bool, level: int | None
-    ) -> ImageStream:
+    def stream(cls, options: AnyCreateOptions, *, compress: bool, level: int | None) -> ImageStream:
         """The disk's bytes, zeros and all."""
         return RawStream(options)
 

@@ -327,14 +327,11 @@ class FormatDriver(Driver):
     async def abort(self, allocation: Allocation) -> None:
         """The space could not be filled: give it back."""
 
-    def compression_level(self, level: int | None) -> int | None:
-        """``level`` if ``pack`` takes it; None is the default. Raises UsageError."""
-        if level is not None:
-            raise UsageError(f"Compression levels are not offered for format '{self.NAME}'")
-        return None
-
     def pack(self, data: Buffer, level: int | None = None) -> bytes | None:
-        """One unit (or the image's tail) compressed; None if that gains nothing. In any thread."""
+        """One unit (or the image's tail) compressed; None if that gains nothing. In any thread.
+
+        Raises UsageError for a ``level`` that is not offered; None is the default.
+        """
         raise UnsupportedError(f"Format '{self.NAME}' does not support compressed writes")
 
     async def write_packed(self, offset: int, packed: bytes) -> None:
@@ -380,9 +377,12 @@ class FormatDriver(Driver):
         raise UnsupportedError(f"Format '{self.NAME}' does not support checks")
 
     @classmethod
-    def stream(
-        cls, options: AnyCreateOptions, *, compress: bool, level: int | None
-    ) -> ImageStream:
+    def check_compression_level(cls, options: AnyCreateOptions, level: int) -> None:
+        """Raise UsageError unless an image made with ``options`` takes ``level``."""
+        raise UsageError(f"Compression levels are not offered for format '{cls.NAME}'")
+
+    @classmethod
+    def stream(cls, options: AnyCreateOptions, *, compress: bool, level: int | None) -> ImageStream:
         """A new image made with ``options``, to be written in one pass (``graph.streams``)."""
         raise UnsupportedError(
             f"Format '{cls.NAME}' cannot be written as a stream: use raw, qcow2 or vmdk"

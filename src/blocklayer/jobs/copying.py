@@ -141,8 +141,7 @@ class Copier:
         pack: Pack | None = None
         if options.compress:
             assert isinstance(driver, FormatDriver)
-            level = driver.compression_level(options.compression_level)
-            pack = functools.partial(driver.pack, level=level)
+            pack = functools.partial(driver.pack, level=options.compression_level)
         return Filler(
             Reader(options.salvage),
             loaders,

@@ -26,7 +26,7 @@ _SEGMENTS_A_CHUNK = 256
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
-    """Bytes for ``[offset, offset + length)`` of the target: ``data``, or from a ``source``, or zeros.
+    """Bytes for ``[offset, offset + length)`` of the target: ``data``, ``source``'s, or zeros.
 
     ``run`` tells where the source's bytes (or zeros) were found at ``generation`` of its node;
     without it, or later, the source is read the long way.

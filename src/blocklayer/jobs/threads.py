@@ -1,7 +1,7 @@
 """Threads and workers for bulk work, which have always ended when their user goes on.
 
 1. Neither ``Threads.run`` nor the pool's end leaves a function running (``graph.waiting``).
-2. ``crew`` ends when all workers have ended; the first error stops the others. So does ``in_order``.
+2. ``crew`` and ``in_order`` end when all their work has ended; the first error stops the others.
 """
 
 from __future__ import annotations

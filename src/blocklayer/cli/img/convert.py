@@ -1,6 +1,7 @@
 """`blk img convert`: images of any format, one after the other, into one of any other.
 
 1. Everything that can be refused is refused before the target is touched.
+2. ``-`` is standard input, raw, or standard output (``cli.img.piped``); ``./-`` is a file.
 """
 
 from __future__ import annotations
@@ -11,27 +12,33 @@ from typing import Annotated
 import msgspec
 
 from blocklayer.api.disk import Disk
+from blocklayer.api.stream import image_stream
 from blocklayer.cli import console
 from blocklayer.cli.common import (
     ForceShare,
     ProgressStyle,
     Quiet,
     check_cache,
+    count_argument,
     open_disk,
     parse_options,
     size_argument,
 )
 from blocklayer.cli.img.create import options_help
+from blocklayer.cli.img.piped import PIPE, check_input, check_output, give, take
 from blocklayer.cli.img.snapshot import load_snapshot
 from blocklayer.cli.img.target import Unfinished, check_distinct, create_target
 from blocklayer.cli.options import Command, Option
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import UsageError
+from blocklayer.graph.driver import FormatDriver
 from blocklayer.graph.graph import Graph
+from blocklayer.graph.options import decode
 from blocklayer.graph.root import Root
 from blocklayer.jobs import convert as job
 from blocklayer.jobs.copying import DEFAULT_WORKERS, CopyOptions
 from blocklayer.jobs.plan import sparse_size_error
+from blocklayer.jobs.streaming import StreamOptions
 
 _MOST_WORKERS = 16
 
@@ -40,9 +47,17 @@ class Convert(Command):
     """Copy one image to another with optional format conversion"""
 
     OPERANDS = (
-        ("SRC_FILENAME", "source image file name (or specification with --image-opts)"),
+        (
+            "SRC_FILENAME",
+            "source image file name (or specification with --image-opts); - reads a "
+            "raw image from standard input",
+        ),
         ("[SRC_FILENAME2…]", "further sources, which follow the first"),
-        ("TGT_FILENAME", "target (output) image file name"),
+        (
+            "TGT_FILENAME",
+            "target (output) image file name; - writes a raw, qcow2 or vmdk image to "
+            "standard output",
+        ),
     )
 
     quiet: Quiet = False
@@ -89,6 +104,13 @@ class Convert(Command):
         ),
     ] = msgspec.field(default_factory=list)
     compress: Annotated[bool, Option("compress the target (qcow2 only)", "c")] = False
+    compression_level: Annotated[
+        str | None,
+        Option(
+            "how hard to compress: 1 (the fastest, and the default) to 9, for zstd to 19",
+            value="LEVEL",
+        ),
+    ] = None
     target_cache: Annotated[
         str, Option("cache mode of the target (default unsafe)", "t", "CACHE_MODE")
     ] = "unsafe"
@@ -101,8 +123,9 @@ class Convert(Command):
         bool, Option("the target reads as zeros: do not write zeros to it (needs -n)")
     ] = False
     sparse_size: Annotated[
-        str, Option("zeros of this length or more become holes (default 4k, 0: none)", "S", "SIZE")
-    ] = "4k"
+        str | None,
+        Option("zeros of this length or more become holes (default 4k, 0: none)", "S", "SIZE"),
+    ] = None
     force_share: ForceShare = False
     rate: Annotated[
         str | None, Option("bytes per second at most", "r", "RATE", also=("rate-limit",))
@@ -133,6 +156,11 @@ class Convert(Command):
             raise UsageError("Must specify image file name")
         self._check_combinations(names)
         graph = Graph(REGISTRY)
+        to_pipe = target_name == PIPE and not self.target_image_opts
+        self._check_pipes(names, to_pipe)
+        if PIPE in names and not self.image_opts:
+            await self._convert_to(target_name, [], options, graph)
+            return 0
         async with AsyncExitStack() as opened:
             sources = [
                 await opened.enter_async_context(await self._open_source(name, graph))
@@ -140,7 +168,11 @@ class Convert(Command):
             ]
             if self.snapshot is not None:
                 await load_snapshot([disk.root.node for disk in sources], self.snapshot)
-            await self._convert_to(target_name, [disk.root for disk in sources], options, graph)
+            roots = [disk.root for disk in sources]
+            if to_pipe:
+                await self._convert_to_pipe(roots, options, graph)
+            else:
+                await self._convert_to(target_name, roots, options, graph)
         return 0
 
     async def _open_source(self, name: str, graph: Graph) -> Disk:
@@ -159,7 +191,8 @@ class Convert(Command):
 
     def _copy_options(self) -> CopyOptions:
         """The options of the copy itself. Raises UsageError."""
-        sparse_size = size_argument(self.sparse_size, "buffer size for sparse output")
+        given = "4k" if self.sparse_size is None else self.sparse_size
+        sparse_size = size_argument(given, "buffer size for sparse output")
         problem = sparse_size_error(sparse_size)
         if problem:
             raise UsageError(problem)
@@ -173,11 +206,19 @@ class Convert(Command):
         return CopyOptions(
             sparse_size=sparse_size,
             compress=self.compress,
+            compression_level=self._level(),
             in_order=not self.oob_writes,
             workers=count,
             bytes_per_s=0 if self.rate is None else size_argument(self.rate, "rate limit"),
             salvage=self._warn if self.salvage else None,
         )
+
+    def _level(self) -> int | None:
+        if self.compression_level is None:
+            return None
+        if not self.compress:
+            raise UsageError("--compression-level requires use of -c flag")
+        return count_argument(self.compression_level, "compression level", 1, 19)
 
     def _warn(self, message: str) -> None:
         if not self.quiet:
@@ -215,10 +256,59 @@ class Convert(Command):
                 REGISTRY.load(self.target_format or "raw")
             ):
                 raise UsageError("Compression not supported for this file format")
+            level = self._level()
+            if level is not None and not self.no_create:
+                self._check_level(level)
+
+    def _check_level(self, level: int) -> None:
+        """Raise UsageError unless the image to be made takes this compression level."""
+        driver = REGISTRY.load(self.target_format or "raw")
+        declared = driver.CreateOptions
+        if declared is None or not issubclass(driver, FormatDriver):
+            return
+        values = parse_options(self.target_options) or {}
+        own = {name: values[name] for name in declared.__struct_fields__ if name in values}
+        driver.check_compression_level(decode(declared, own), level)
+
+    def _check_pipes(self, names: list[str], to_pipe: bool) -> None:
+        """Raise BlockError for what standard input or output cannot do."""
+        from_pipe = PIPE in names and not self.image_opts
+        if self.bitmaps and (from_pipe or to_pipe):
+            raise UsageError("--bitmaps cannot be used with standard input or output")
+        if from_pipe:
+            if len(names) > 1 or self.backing is not None or self.snapshot is not None or to_pipe:
+                raise UsageError("standard input can only be the one source of a copy to a file")
+            options = None if self.no_create else parse_options(self.target_options) or {}
+            check_input(self.source_format, self.target_format or "raw", options)
+        if to_pipe:
+            check_output(self.no_create)
+
+    async def _convert_to_pipe(self, roots: list[Root], options: CopyOptions, graph: Graph) -> None:
+        image = await image_stream(
+            graph,
+            self.target_format or "raw",
+            dict(parse_options(self.target_options) or {}),
+            job.total_size(roots),
+            backing=self.backing,
+            backing_format=self.backing_format,
+            compress=self.compress,
+            compression_level=options.compression_level,
+        )
+        streamed = StreamOptions(
+            sparse_size=None if self.sparse_size is None else options.sparse_size,
+            top_only=self.backing is not None,
+            workers=options.workers,
+            bytes_per_s=options.bytes_per_s,
+            salvage=options.salvage,
+        )
+        self.unfinished = Unfinished("standard output", created=False)
+        with self.unfinished:
+            await give(roots, image, streamed, None if self.quiet else self.progress)
 
     async def _convert_to(
         self, name: str, roots: list[Root], options: CopyOptions, graph: Graph
     ) -> None:
+        """Copy ``roots``, or standard input if there are none, to the image ``name``."""
         if self.bitmaps:
             job.check_bitmaps(roots, skip_broken=self.skip_broken_bitmaps)
         if self.no_create:
@@ -247,6 +337,10 @@ class Convert(Command):
         )
 
     async def _copy(self, roots: list[Root], target: Disk, options: CopyOptions) -> None:
+        if not roots:
+            progress_style = None if self.quiet else self.progress
+            await take(target.root, options, progress_style, grow=not self.no_create)
+            return
         if self.bitmaps:
             job.check_bitmap_support(target.root.node)
         total = job.total_size(roots)

@@ -100,9 +100,7 @@ class Pipe:
     def _write_error(self, error: OSError) -> StorageError:
         if error.errno == errno.EPIPE:
             return StorageError(
-                f"{self.name} was closed by its reader after {self.done} bytes: the image there is "
-                "incomplete",
-                errno.EPIPE,
+                f"{self.name} was closed by its reader after {self.done} bytes", errno.EPIPE
             )
         return StorageError.from_os(
             error, f"Could not write to {self.name} after {self.done} bytes"
@@ -118,7 +116,9 @@ class Pipe:
                 ready.set_result(None)
 
         add, remove = (
-            (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
+            (loop.add_writer, loop.remove_writer)
+            if write
+            else (loop.add_reader, loop.remove_reader)
         )
         add(self.descriptor, note)
         try:

@@ -56,7 +56,7 @@ class Compressor:
         self._size = image.geometry.cluster_size
         self._bits = image.geometry.cluster_bits
         self._zstd = image.header.compression_type == COMPRESSION_ZSTD
-        self._level = self.level(None)
+        self._type = "zstd" if self._zstd else "zlib"
         self._kept: dict[int, bytes] = {}
         self._kept_generation = -1
 
@@ -144,13 +144,10 @@ class Compressor:
                 task.cancel()
             await asyncio.gather(*packing, return_exceptions=True)
 
-    def level(self, level: int | None) -> int:
-        """``level`` if this image's compression has it, or the default. Raises UsageError."""
-        return packing_level("zstd" if self._zstd else "zlib", level)
-
     def pack(self, part: Buffer, level: int | None = None) -> bytes | None:
         """The cluster compressed, or None if that gains nothing. In any thread."""
-        return pack_cluster(part, self._size, zstd=self._zstd, level=level or self._level)
+        level = packing_level(self._type, level)
+        return pack_cluster(part, self._size, zstd=self._zstd, level=level)
 
     async def _place(self, offset: int, part: memoryview, packed: bytes | None) -> None:
         if packed is None:

@@ -32,6 +32,7 @@ from blocklayer.drivers.qcow2.compression import Compressor
 from blocklayer.drivers.qcow2.create import Qcow2CreateOptions
 from blocklayer.drivers.qcow2.image import Image
 from blocklayer.drivers.qcow2.mapping import Mapping
+from blocklayer.drivers.qcow2.packing import packing_level
 from blocklayer.drivers.qcow2.resizing import Resizer
 from blocklayer.drivers.qcow2.settings import Qcow2Options, Settings
 from blocklayer.drivers.qcow2.storage import Storage
@@ -349,10 +350,6 @@ class Qcow2Driver(FormatDriver):
         except CorruptionError as error:
             raise await self._signal(error) from None
 
-    def compression_level(self, level: int | None) -> int | None:
-        """The level, checked."""
-        return self.compressor.level(level)
-
     def pack(self, data: Buffer, level: int | None = None) -> bytes | None:
         """Compress one cluster."""
         return self.compressor.pack(data, level)
@@ -489,6 +486,12 @@ class Qcow2Driver(FormatDriver):
 
         assert isinstance(options, Qcow2CreateOptions)
         return await measure(options, size, source)
+
+    @classmethod
+    def check_compression_level(cls, options: graph_options.CreateOptions, level: int) -> None:
+        """Deflate and zstd have their own levels."""
+        assert isinstance(options, Qcow2CreateOptions)
+        packing_level(options.compression_type, level)
 
     @classmethod
     def stream(

@@ -24,7 +24,7 @@ from blocklayer.drivers.blocks import BlockFormatDriver, FileOptions
 from blocklayer.drivers.vmdk.compressed import CompressedExtent
 from blocklayer.drivers.vmdk.create import VmdkCreateOptions, write_disk
 from blocklayer.drivers.vmdk.extents import FlatExtent, PlainExtent, SparseExtent
-from blocklayer.errors import CorruptionError, FormatError, UnsupportedError
+from blocklayer.errors import CorruptionError, FormatError, UnsupportedError, UsageError
 from blocklayer.graph import io
 from blocklayer.graph.child import Role
 from blocklayer.graph.driver import BackingReference, Buffer, CheckResult
@@ -315,7 +315,9 @@ class VmdkDriver(BlockFormatDriver):
             await self._write_back()
 
     def pack(self, data: Buffer, level: int | None = None) -> bytes | None:
-        """A grain of a stream; other extents store it as it is."""
+        """A grain of a stream; other extents store it as it is. There is one level."""
+        if level is not None:
+            raise UsageError("Compression levels are not offered for format 'vmdk'")
         streams = [part for part in self._extents if isinstance(part, CompressedExtent)]
         return streams[0].pack(data) if len(streams) == len(self._extents) == 1 else None
 

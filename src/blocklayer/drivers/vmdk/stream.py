@@ -18,9 +18,7 @@ from blocklayer.graph.driver import Buffer
 from blocklayer.graph.streams import ImageStream, Packed, unstreamable
 from blocklayer.units import SECTOR
 
-_STREAMED = frozenset(
-    ("size", "adapter_type", "compat6", "hwversion", "toolsversion", "subformat")
-)
+_STREAMED = frozenset(("size", "adapter_type", "compat6", "hwversion", "toolsversion", "subformat"))
 _NAME = "disk.vmdk"
 """What the descriptor calls the file. A stream has no name, and readers ignore this one."""
 
