@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 
 import msgspec
 
@@ -95,23 +95,27 @@ class Streaming:
         limit = CHUNK_SIZE if self._reads_first else _PLANNED_AT_ONCE
         materialised = image.materialised or options.sparse_size == 0
         gatherer = Gatherer(image.unit, limit, materialise=materialised)
-        chunks = gatherer.chunks(self._pieces())
-        try:
-            if not self._reads_first:
+        async with aclosing(gatherer.chunks(self._pieces())) as chunks:
+            if self._reads_first:
+                sparse_size = options.sparse_size
+                if sparse_size is None:
+                    sparse_size = 0 if materialised else DEFAULT_SPARSE_SIZE
+                await self._plan_by_reading(chunks, gatherer.limit, sparse_size)
+            else:
                 async for chunk in chunks:
                     for segment in chunk.segments:
                         segment.data = [(segment.offset, segment.end)]
                     self._note(chunk)
-            else:
-                sparse_size = options.sparse_size
-                if sparse_size is None:
-                    sparse_size = 0 if materialised else DEFAULT_SPARSE_SIZE
-                async for chunk, _ in self._filled(chunks, gatherer.limit, sparse_size, first=True):
-                    self._note(chunk)
-                    self._report(chunk.covered)
-        finally:
-            await chunks.aclose()
         image.settle()
+
+    async def _plan_by_reading(
+        self, chunks: AsyncGenerator[Chunk, None], capacity: int, sparse_size: int
+    ) -> None:
+        filled = self._filled(chunks, capacity, sparse_size, first=True)
+        async with aclosing(filled):
+            async for chunk, _ in filled:
+                self._note(chunk)
+                self._report(chunk.covered)
 
     def _pieces(self) -> AsyncIterator[Piece]:
         if self.options.top_only:
@@ -146,10 +150,11 @@ class Streaming:
         """The image's bytes; each piece is valid until the next one is asked for."""
         given = 0
         pace = Pace(self.options.bytes_per_s)
-        async for piece in self._all():
-            await pace.wait(len(piece))
-            given += len(piece)
-            yield piece
+        async with aclosing(self._all()) as pieces:
+            async for piece in pieces:
+                await pace.wait(len(piece))
+                given += len(piece)
+                yield piece
         if self.image.length is not None and given != self.image.length:
             raise StorageError(
                 f"The stream has {given:#x} bytes instead of {self.image.length:#x}", errno.EIO
@@ -162,13 +167,14 @@ class Streaming:
         gatherer = Gatherer(image.unit, CHUNK_SIZE, zeros_known=True, materialise=not skips)
         chunks = gatherer.chunks(self._planned())
         sparse_size = DEFAULT_SPARSE_SIZE if skips else 0
-        try:
-            async for chunk, buffer in self._filled(chunks, gatherer.limit, sparse_size):
+        async with (
+            aclosing(chunks),
+            aclosing(self._filled(chunks, gatherer.limit, sparse_size)) as filled,
+        ):
+            async for chunk, buffer in filled:
                 for piece in _larger(self._given(chunk, buffer)):
                     yield piece
                 self._report(chunk.covered)
-        finally:
-            await chunks.aclose()
         yield image.tail()
 
     async def _planned(self) -> AsyncGenerator[Piece, None]:
@@ -213,13 +219,10 @@ class Streaming:
                     await filler.fill(chunk, buffer)
                 return chunk, buffer
 
-            filled = in_order(chunks, fill, self.options.workers + 1)
-            try:
+            async with aclosing(in_order(chunks, fill, self.options.workers + 1)) as filled:
                 async for chunk, buffer in filled:
                     yield chunk, buffer
                     free.append(buffer)
-            finally:
-                await filled.aclose()
 
     def _report(self, length: int) -> None:
         self._done += length
