@@ -59,7 +59,9 @@ def _run(case: Case, folder: Path, size: int, runs: int) -> bool:
         if case.made is not None:
             (folder / case.made).unlink(missing_ok=True)
 
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    # This tree is measured, whichever one is installed.
+    root = Path(__file__).parent.parent
+    os.environ["PYTHONPATH"] = os.pathsep.join((str(root / "src"), str(root)))
     ours, peer = in_turns([case.ours, case.peer], folder, case.runs or runs, clear)
     clear()
     ratio = ours.wall_s / peer.wall_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,12 @@ def _img(name: str, prepare: Prepare, line: str, most: float = 1.0) -> Case:
     return Case(name, prepare, (*IMG, *words), (*QEMU_IMG, *words), most, made)
 
 
+def _piped(name: str, prepare: Prepare, line: str) -> Case:
+    """A stream to a file through a pipe, against the real tool that writes the file itself."""
+    through = ("sh", "-c", f"{shlex.join((*IMG, *line.split(), '-'))} | cat > out")
+    return Case(name, prepare, through, (*QEMU_IMG, *line.split(), "out"), 2.0, "out")
+
+
 def _scattered(folder: Path, size: int) -> None:
     images.scattered(folder)
 
@@ -52,7 +59,12 @@ CASES = (
     _img("convert sparse raw → qcow2", images.sparse, "convert -O qcow2 sparse.raw out"),
     _img("convert sparse qcow2 → raw", images.sparse, "convert -O raw sparse.qcow2 out"),
     _img("convert sparse qcow2 → qcow2", images.sparse, "convert -O qcow2 sparse.qcow2 out"),
-    _img("convert -c files", images.compressible, "convert -c -O qcow2 files.raw out"),
+    _img("convert -c deflate", images.compressible, "convert -c -O qcow2 files.raw out", 1 / 8),
+    _img("convert -c zstd", images.compressible,
+         "convert -c -O qcow2 -o compression_type=zstd files.raw out", 0.5),
+    _img("convert deflate → raw", images.compressed, "convert -O raw deflate.qcow2 out", 0.5),
+    _img("convert zstd → raw", images.compressed, "convert -O raw zstd.qcow2 out", 0.5),
+    _piped("convert full qcow2 → qcow2 | cat", images.full, "convert -O qcow2 full.qcow2"),
     _img("compare 1 TiB, 100k clusters", _scattered,
          "compare scattered.qcow2 scattered-copy.qcow2", 2.0),
     _img("check 1 TiB, 100k clusters", _scattered, "check scattered.qcow2", 2.0),

@@ -69,6 +69,15 @@ def compressible(folder: Path, size: int) -> None:
         file.truncate(size)
 
 
+def compressed(folder: Path, size: int) -> None:
+    """``deflate.qcow2`` and ``zstd.qcow2``: the same, compressed."""
+    compressible(folder, size)
+    for name, type in (("deflate.qcow2", "zlib"), ("zstd.qcow2", "zstd")):
+        if not (folder / name).exists():
+            options = ("-O", "qcow2", "-o", f"compression_type={type}")
+            tool("qemu-img", "convert", "-c", *options, "files.raw", name, folder=folder)
+
+
 class _FullError(Exception):
     pass
 

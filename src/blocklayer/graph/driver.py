@@ -334,8 +334,8 @@ class FormatDriver(Driver):
         """
         raise UnsupportedError(f"Format '{self.NAME}' does not support compressed writes")
 
-    async def write_packed(self, offset: int, packed: bytes) -> None:
-        """Store what ``pack`` made of the unit at ``offset``."""
+    async def write_packed(self, offset: int, parts: Sequence[bytes]) -> None:
+        """Store what ``pack`` made of the units from ``offset`` on."""
         raise UnsupportedError(f"Format '{self.NAME}' does not support compressed writes")
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:

@@ -66,12 +66,16 @@ class Writer:
     ) -> None:
         unit = driver.allocation_unit
         while start < end:
-            stop = min(align_down(start, unit) + unit, end)
-            packed = segment.packed.get(start)
-            if packed is None:
-                await self._place_plain(driver, segment, start, stop)
+            parts: list[bytes] = []
+            stop = start
+            while stop < end and (packed := segment.packed.get(stop)) is not None:
+                parts.append(packed)
+                stop = min(stop + unit, end)
+            if parts:
+                await driver.write_packed(start, parts)
             else:
-                await driver.write_packed(start, packed)
+                stop = min(align_down(start, unit) + unit, end)
+                await self._place_plain(driver, segment, start, stop)
             start = stop
 
     async def _place_plain(self, driver: Driver, segment: Segment, start: int, end: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -43,7 +44,8 @@ class _Part(msgspec.Struct, gc=False):
     entry: int
     generation: int
     place: int
-    packed: bytearray
+    length: int
+    packed: memoryview = memoryview(b"")
 
 
 class Compressor:
@@ -96,11 +98,26 @@ class Compressor:
             view[:] = kept[inside : inside + len(view)]
             return None
         place, length = decode_compressed(entry, image.geometry)
-        packed = await image.storage.read(place, length)
-        return _Part(guest, inside, view, entry, generation, place, packed)
+        return _Part(guest, inside, view, entry, generation, place, length)
+
+    async def _load(self, parts: list[_Part]) -> None:
+        """Read what is to be unpacked; neighbours at once."""
+        first = 0
+        while first < len(parts):
+            start = parts[first].place
+            end, last = start + parts[first].length, first + 1
+            # The length is that of all sectors touched: the next one begins within the last.
+            while last < len(parts) and start <= parts[last].place <= end:
+                end = max(end, parts[last].place + parts[last].length)
+                last += 1
+            data = memoryview(await self._image.storage.read(start, end - start))
+            for part in parts[first:last]:
+                part.packed = data[part.place - start :][: part.length]
+            first = last
 
     async def _unpack(self, parts: list[_Part]) -> None:
         """Unpack ``parts`` into their views; keep the last, which the next request may go on in."""
+        await self._load(parts)
         last = await offload(self._unpack_all, parts)
         part = parts[-1]
         if part.generation == self._image.node.generation == self._kept_generation:
@@ -153,22 +170,39 @@ class Compressor:
         if packed is None:
             await self._writer.write_cluster(offset, bytes(part) + bytes(self._size - len(part)))
         else:
-            await self.write_packed(offset, packed)
+            await self.write_packed(offset, (packed,))
 
-    async def write_packed(self, offset: int, packed: bytes) -> None:
-        """Store what ``pack`` made of the cluster at ``offset``."""
-        image = self._image
+    async def write_packed(self, offset: int, parts: Sequence[bytes]) -> None:
+        """Store what ``pack`` made of the clusters from ``offset`` on."""
+        image, allocator = self._image, self._image.refcounts.allocator
+        guest, shown = offset >> self._bits, 0
+        places: list[int] = []
         async with image.lock:
             await self._writer.begin()
-            place = await image.refcounts.allocator.allocate_bytes(len(packed))
             try:
-                # Placed under the lock: neighbours in one sector must not be written at once.
-                await image.storage.write(place, packed)
-                guest = offset >> self._bits
-                await self._writer.ensure_table(guest >> image.geometry.l2_bits)
-                found, index = await self._writer.entries(guest)
+                while len(places) < len(parts):
+                    places.append(await allocator.allocate_bytes(len(parts[len(places)])))
+                # Stored under the lock: neighbours in one sector must not be written at once.
+                await self._store(places, parts)
+                while shown < len(parts):
+                    await self._writer.ensure_table((guest + shown) >> image.geometry.l2_bits)
+                    found, index = await self._writer.entries(guest + shown)
+                    end = min(shown + len(found.entries) - index, len(parts))
+                    entries = array("Q")
+                    for place, packed in zip(places[shown:end], parts[shown:end], strict=True):
+                        entries.append(encode_compressed(place, len(packed), image.geometry))
+                    self._writer.publish(found, index, guest + shown, entries)
+                    shown = end
             except BaseException:
-                await image.refcounts.allocator.release_bytes(place, len(packed))
+                for place, packed in zip(places[shown:], parts[shown:], strict=False):
+                    await allocator.release_bytes(place, len(packed))
                 raise
-            entry = encode_compressed(place, len(packed), image.geometry)
-            self._writer.publish(found, index, guest, array("Q", (entry,)))
+
+    async def _store(self, places: Sequence[int], parts: Sequence[bytes]) -> None:
+        """Write ``parts``, those that meet at once."""
+        first = 0
+        for last, place in enumerate(places):
+            end = place + len(parts[last])
+            if last + 1 == len(places) or places[last + 1] != end:
+                await self._image.storage.write(places[first], *parts[first : last + 1])
+                first = last + 1

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import msgspec
@@ -354,10 +354,10 @@ class Qcow2Driver(FormatDriver):
         """Compress one cluster."""
         return self.compressor.pack(data, level)
 
-    async def write_packed(self, offset: int, packed: bytes) -> None:
-        """Store a compressed cluster."""
+    async def write_packed(self, offset: int, parts: Sequence[bytes]) -> None:
+        """Store compressed clusters."""
         try:
-            await self.compressor.write_packed(offset, packed)
+            await self.compressor.write_packed(offset, parts)
         except CorruptionError as error:
             raise await self._signal(error) from None
 

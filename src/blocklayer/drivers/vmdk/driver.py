@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 from bisect import bisect_right
+from collections.abc import Sequence
 from typing import ClassVar
 
 import msgspec
@@ -321,14 +322,16 @@ class VmdkDriver(BlockFormatDriver):
         streams = [part for part in self._extents if isinstance(part, CompressedExtent)]
         return streams[0].pack(data) if len(streams) == len(self._extents) == 1 else None
 
-    async def write_packed(self, offset: int, packed: bytes) -> None:
-        """Append a grain that ``pack`` made."""
+    async def write_packed(self, offset: int, parts: Sequence[bytes]) -> None:
+        """Append grains that ``pack`` made."""
         await self._identify()
-        part = self._extent_at(offset)
-        assert isinstance(part, CompressedExtent)
-        await part.write_packed(offset, packed)
-        if part.full:
-            await self._write_back()
+        for packed in parts:
+            part = self._extent_at(offset)
+            assert isinstance(part, CompressedExtent)
+            await part.write_packed(offset, packed)
+            if part.full:
+                await self._write_back()
+            offset += part.grain_size
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:
         """Whole grains of a stream; a plain write does the same."""
