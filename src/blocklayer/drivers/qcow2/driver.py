@@ -29,10 +29,9 @@ from blocklayer.codec.qcow2.validation import validate
 from blocklayer.drivers.qcow2 import flushing
 from blocklayer.drivers.qcow2.bitmaps import Qcow2BitmapInfo, StoredBitmaps
 from blocklayer.drivers.qcow2.compression import Compressor
-from blocklayer.drivers.qcow2.create import Qcow2CreateOptions
 from blocklayer.drivers.qcow2.image import Image
+from blocklayer.drivers.qcow2.making import Qcow2Maker
 from blocklayer.drivers.qcow2.mapping import Mapping
-from blocklayer.drivers.qcow2.packing import packing_level
 from blocklayer.drivers.qcow2.resizing import Resizer
 from blocklayer.drivers.qcow2.settings import Qcow2Options, Settings
 from blocklayer.drivers.qcow2.storage import Storage
@@ -45,9 +44,6 @@ from blocklayer.graph.driver import (
     Buffer,
     CheckResult,
     DriverInfo,
-    FormatDriver,
-    Measured,
-    Measurement,
     SnapshotInfo,
 )
 from blocklayer.graph.extent import Allocation, Extent
@@ -56,9 +52,6 @@ from blocklayer.units import align_up
 
 if TYPE_CHECKING:
     from blocklayer.drivers.qcow2.snapshots import Snapshots
-    from blocklayer.graph.graph import Graph
-    from blocklayer.graph.node import Node
-    from blocklayer.graph.streams import ImageStream
 
 T = TypeVar("T")
 
@@ -78,12 +71,10 @@ class Qcow2Info(msgspec.Struct, rename="kebab", omit_defaults=True, kw_only=True
     extended_l2: bool | None = None
 
 
-class Qcow2Driver(FormatDriver):
+class Qcow2Driver(Qcow2Maker):
     """One open qcow2 image."""
 
-    NAME: ClassVar[str] = "qcow2"
     Options = Qcow2Options
-    CreateOptions = Qcow2CreateOptions
     supports_backing: ClassVar[bool] = True
     supports_snapshots: ClassVar[bool] = True
     relocates: ClassVar[bool] = True
@@ -451,14 +442,6 @@ class Qcow2Driver(FormatDriver):
 
         return await check(self, repair)
 
-    @classmethod
-    async def create(cls, graph: Graph, target: Node, options: graph_options.CreateOptions) -> None:
-        """Write a new image to ``target``."""
-        from blocklayer.drivers.qcow2.create import create
-
-        assert isinstance(options, Qcow2CreateOptions)
-        await create(graph, target, options)
-
     @property
     def stores_bitmaps(self) -> bool:
         """Version 3 has them."""
@@ -476,32 +459,6 @@ class Qcow2Driver(FormatDriver):
         """Take it out of the directory, and free its space."""
         async with self.image.lock:
             await self.stored_bitmaps.remove(name)
-
-    @classmethod
-    async def measure(
-        cls, options: graph_options.CreateOptions, size: int, source: Measured | None
-    ) -> Measurement:
-        """Metadata for the whole disk, and the clusters that ``source`` has data in."""
-        from blocklayer.drivers.qcow2.measure import measure
-
-        assert isinstance(options, Qcow2CreateOptions)
-        return await measure(options, size, source)
-
-    @classmethod
-    def check_compression_level(cls, options: graph_options.CreateOptions, level: int) -> None:
-        """Deflate and zstd have their own levels."""
-        assert isinstance(options, Qcow2CreateOptions)
-        packing_level(options.compression_type, level)
-
-    @classmethod
-    def stream(
-        cls, options: graph_options.CreateOptions, *, compress: bool, level: int | None
-    ) -> ImageStream:
-        """Tables before data."""
-        from blocklayer.drivers.qcow2.stream import Qcow2Stream
-
-        assert isinstance(options, Qcow2CreateOptions)
-        return Qcow2Stream(options, compress=compress, level=level)
 
 
 def _snapshot_info(snapshot: Snapshot) -> SnapshotInfo:
