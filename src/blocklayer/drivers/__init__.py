@@ -27,6 +27,8 @@ DRIVERS: Final = {
         magics=((0, b"KDMV"), (0, b"#"), (0, b"version="), (0, b"\n"), (0, b" ")),
     ),
     "vpc": Entry(f"{_HERE}.vpc:VpcDriver", magics=((0, b"conectix"),)),
+    "mirror_top": Entry(f"{_HERE}.job_filters:MirrorTopDriver", internal=True),
+    "commit_top": Entry(f"{_HERE}.job_filters:CommitTopDriver", internal=True),
     "copy-on-read": Entry(f"{_HERE}.copy_on_read:CopyOnReadDriver"),
 }
 

@@ -1,12 +1,13 @@
 """``mirror_top`` and ``commit_top``: the filters that a mirror or a commit puts above its source.
 
-They let everything pass, and mark in the graph where the job is. A mirror in ``write-blocking`` mode
-sees each write through its filter, so that none is acknowledged before the target has it too.
+They let everything pass, and mark in the graph where the job is. A mirror in ``write-blocking``
+mode sees each write through its filter, so that none is acknowledged before the target has it too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from blocklayer.graph.child import Child
 from blocklayer.graph.driver import Buffer, FilterDriver
@@ -39,19 +40,21 @@ class MirrorTopDriver(FilterDriver):
 
     async def write_opaque(self, offset: int, data: Buffer) -> None:
         """Through the guard."""
-        await self._guarded(offset, len(data), data, lambda: super(MirrorTopDriver, self).write_opaque(offset, data))
+        await self._guarded(offset, len(data), data, partial(super().write_opaque, offset, data))
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool, fallback: bool) -> None:
         """Through the guard."""
-        await self._guarded(offset, length, None, lambda: super(MirrorTopDriver, self).write_zeroes(offset, length, unmap=unmap, fallback=fallback))
+        forward = partial(super().write_zeroes, offset, length, unmap=unmap, fallback=fallback)
+        await self._guarded(offset, length, None, forward)
 
     async def discard(self, offset: int, length: int) -> None:
         """Through the guard."""
-        await self._guarded(offset, length, None, lambda: super(MirrorTopDriver, self).discard(offset, length))
+        await self._guarded(offset, length, None, partial(super().discard, offset, length))
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:
         """Through the guard."""
-        await self._guarded(offset, len(data), data, lambda: super(MirrorTopDriver, self).write_compressed(offset, data))
+        forward = partial(super().write_compressed, offset, data)
+        await self._guarded(offset, len(data), data, forward)
 
     async def _guarded(self, offset: int, length: int, data: Buffer | None, forward: Pass) -> None:
         if self.guard is None:

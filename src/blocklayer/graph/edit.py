@@ -119,6 +119,17 @@ class Change:
 
         self._note(back, edge, node)
 
+    def permit(self, root: Child, taken: int, shared: int) -> None:
+        """Let ``root``, which has no parent node, take and share something else from now on."""
+        assert root.parent is None
+        before = root.taken, root.shared
+        root.taken, root.shared = taken, shared
+
+        def back() -> None:
+            root.taken, root.shared = before
+
+        self._note(back, root, root.node)
+
     def _note(self, back: Callable[[], None], edge: Child, *nodes: Node) -> None:
         self._undo.append(back)
         self._touched.update(dict.fromkeys(nodes))

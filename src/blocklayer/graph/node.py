@@ -101,6 +101,8 @@ class Node:
         self.overrides: dict[str, Any] = {}
         """The options that differ from what the plain file name alone would give."""
         self.poisoned: str | None = None
+        self.busy: str | None = None
+        """Why jobs and graph changes have to keep off it (a job works with it)."""
         self.watchers: tuple[Watcher, ...] = ()
         self.dirty_bitmaps: dict[str, DirtyBitmap] = {}
         """Those with a name, oldest first; ``graph.bitmaps`` adds and removes them."""

@@ -27,6 +27,8 @@ class Entry(msgspec.Struct, frozen=True):
     protocol: bool = False
     magics: tuple[tuple[int, bytes], ...] = ()
     """(offset, bytes) pairs; one match makes the driver a candidate for ``Driver.probe``."""
+    internal: bool = False
+    """A part of some job: users cannot ask for it."""
     schemes: tuple[str, ...] = ()
     """Prefixes of file names (before ``:``) that stand for this protocol driver."""
 

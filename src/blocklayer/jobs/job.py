@@ -226,6 +226,14 @@ class Job(ABC):
         if self._work is not None:
             self._work.cancel()
 
+    def fail_with(self, error: BlockError) -> None:
+        """Something that happened outside ``run`` fails the job."""
+        self.error = self.error or error
+        if self._work is not None:
+            self._work.cancel()
+        else:
+            self.group.fail(self)
+
     async def finalize(self) -> None:
         """Let a pending job, and its group, take effect; returns when they have."""
         self.check_verb("finalize")

@@ -11,7 +11,7 @@ takes its place. Commit of the active layer is the same, with a node of the chai
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Final, Literal
 
 import msgspec
@@ -70,8 +70,8 @@ class Mirror(Job):
         self._news = asyncio.Event()
         self._soft = False
         self._pivoted: edit.Change | None = None
-        source.node.watchers.append(self.todo)
-        source.node.watchers.append(self)
+        source.node.watch(self.todo)
+        source.node.watch(self)
 
     # As a watcher of the source.
 
@@ -113,11 +113,13 @@ class Mirror(Job):
             await self._background.catch_up()
             if self.todo.count:
                 continue
-            if not self.ready and self.status.value != "paused":
+            if not self.ready:
                 await self.target.flush()
                 self.become_ready()
             if self.told_to_complete or self._soft:
-                return
+                # Told while it is paused: it ends when it is resumed.
+                async with self.step():
+                    return
             await self._until_news()
 
     async def _until_news(self) -> None:
@@ -153,11 +155,11 @@ class Mirror(Job):
     async def _write_both(
         self, offset: int, length: int, data: Buffer | None, forward: Pass
     ) -> None:
-        """A write in ``write-blocking`` mode. An error of the target is the job's, not the guest's."""
+        """A write in ``write-blocking`` mode. The target's error is the job's, not the guest's."""
         start = align_down(offset, self.todo.granularity)
         end = min(align_up(offset + length, self.todo.granularity), self.todo.size)
         async with self._ranges.claim(start, end - start):
-            dirty = [run for run in self.todo.runs(start, end)]
+            dirty = list(self.todo.runs(start, end))
             await forward()
             try:
                 if data is not None:
@@ -195,6 +197,7 @@ class Mirror(Job):
         """Let the users of the source use the target; drained."""
         replaced = self.options.replaces or self.filter_node
         with edit.Change() as change:
+            change.permit(self.target, Permission.NONE, Permission.ALL)
             edit.replace(change, replaced, self.target.node)
         return change
 
@@ -203,12 +206,14 @@ class Mirror(Job):
         if self._pivoted is not None:
             async with edit.changing(self.graph):
                 self._pivoted.undo()
+            self._pivoted = None
 
     async def clean(self) -> None:
         """Take the filter out and let go of both nodes."""
         node = self.source.node
-        node.watchers.remove(self.todo)
-        node.watchers.remove(self)
+        node.unwatch(self.todo)
+        node.unwatch(self)
+        node.busy = self.target.node.busy = None
         async with edit.changing(self.graph):
             edit.drop_filter(self.filter_node)
         self._ranges.close()

@@ -17,9 +17,10 @@ from blocklayer.graph import resolve
 from blocklayer.graph.driver import FormatDriver
 from blocklayer.graph.request import Claim, Claims
 from blocklayer.graph.root import Root
-from blocklayer.jobs.copying import CHUNK_SIZE, Filling
+from blocklayer.jobs.copying import CHUNK_SIZE, DEFAULT_SPARSE_SIZE
+from blocklayer.jobs.filling import Filler
 from blocklayer.jobs.plan import Gatherer, Piece, piece_of
-from blocklayer.jobs.reading import new_buffer
+from blocklayer.jobs.reading import Reader, new_buffer
 from blocklayer.jobs.threads import Threads
 from blocklayer.jobs.writing import store_chunk
 
@@ -35,7 +36,7 @@ class WriteError(BlockError):
 
 
 class RangeCopier:
-    """Copies from ``source`` to ``target``; use with ``with``, so that its threads end."""
+    """Copies from ``source`` to ``target``; ``close`` it in the end."""
 
     def __init__(
         self, source: Root, target: Root, *, compress: bool = False, workers: int = DEFAULT_WORKERS
@@ -46,8 +47,15 @@ class RangeCopier:
         self.workers = workers
         driver = target.node.driver
         self.unit = driver.allocation_unit if isinstance(driver, FormatDriver) else 1
-        self._filling = Filling(target.node, self.unit, compress=compress)
         self._loaders = Threads(workers)
+        self._filler = Filler(
+            Reader(),
+            self._loaders,
+            size=driver.size,
+            unit=self.unit,
+            sparse_size=DEFAULT_SPARSE_SIZE,
+            pack=driver.pack if compress and isinstance(driver, FormatDriver) else None,
+        )
         self._storer = Threads(1)
         self._buffers: list[memoryview] = []
 
@@ -73,7 +81,7 @@ class RangeCopier:
         try:
             async for chunk in chunks:
                 try:
-                    await self._filling.fill(chunk, buffer, self._loaders)
+                    await self._filler.fill(chunk, buffer)
                 except (BlockError, OSError) as error:
                     raise _as(ReadError, error) from error
                 try:

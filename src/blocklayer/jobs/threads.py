@@ -37,6 +37,10 @@ class Threads:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads; nobody waits for one."""
         self._pool.shutdown()
 
     async def run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:

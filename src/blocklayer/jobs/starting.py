@@ -1,0 +1,126 @@
+"""Putting jobs in place: what is checked, which filter goes where, what each side may do meanwhile.
+
+1. All is checked before anything changes; a job that cannot begin leaves the graph as it was (R7).
+2. A job's hold on a node does not follow when others move (``follows``), and edges that it relies
+   on are frozen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blocklayer.errors import LockedError, UsageError
+from blocklayer.graph import edit, reopen
+from blocklayer.graph.node import Flags, Node
+from blocklayer.graph.open import open_options
+from blocklayer.graph.permission import Permission
+from blocklayer.graph.root import Root
+from blocklayer.jobs.commit_active import ActiveCommit
+from blocklayer.jobs.group import Group
+from blocklayer.jobs.mirror import Mirror, MirrorOptions, granularity_for
+
+READ = int(Permission.CONSISTENT_READ)
+WRITE = int(Permission.WRITE)
+UNCHANGED = int(Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED)
+
+
+def check_top(node: Node) -> None:
+    """Raise UsageError unless only users from outside the graph use ``node``."""
+    if any(edge.parent is not None for edge in node.parents):
+        raise UsageError("Need a root block node")
+
+
+def check_free(node: Node) -> None:
+    """Raise LockedError if a job has ``node`` to itself."""
+    if node.busy:
+        raise LockedError(f"Node '{node.name}' is busy: {node.busy}")
+
+
+def in_use(job: str) -> str:
+    """What is said of a node that a job works with."""
+    return f"block device is in use by block job: {job}"
+
+
+async def insert_filter(node: Node, driver: str, name: str | None, **options: Any) -> Node:
+    """A new filter above ``node``, used by all who used the node; drained by the caller."""
+    flags = Flags(read_only=node.flags.read_only, discard_unmap=True)
+    wanted = {"driver": driver, "file": node.name, **options}
+    if name is not None:
+        wanted["node-name"] = name
+    filter_node = await open_options(node.graph, wanted, flags)
+    try:
+        edit.insert_above(node, filter_node)
+    except BaseException:
+        await node.graph.release(filter_node)
+        raise
+    return filter_node
+
+
+async def start_mirror(
+    group: Group,
+    node: Node,
+    target: Node,
+    options: MirrorOptions,
+    *,
+    filter_name: str | None = None,
+    **job: Any,
+) -> Mirror:
+    """Enter a mirror of ``node`` to ``target`` in ``group``; ``job`` are the options of ``Job``."""
+    check_top(node)
+    check_free(node)
+    check_free(target)
+    granularity_for(target, options)
+    if target is node:
+        raise UsageError("Can't mirror node into itself")
+    if edit.reaches(node, target) or edit.reaches(target, node):
+        raise UsageError(f"'{target.name}' is part of what is to be mirrored")
+    if target.size != node.size:
+        raise UsageError("Source and target image have different sizes")
+    async with edit.changing(node.graph):
+        hold = Root(target, f"block job '{job['identifier']}'", WRITE, UNCHANGED, follows=False)
+        try:
+            filter_node = await insert_filter(node, "mirror_top", filter_name)
+        except BaseException:
+            await hold.close()
+            raise
+        source = Root(node, f"block job '{job['identifier']}'", READ, follows=False)
+        mirror = Mirror(source, hold, filter_node, options, **job)
+        node.busy = target.busy = in_use(mirror.TYPE)
+        group.add(mirror)
+    return mirror
+
+
+async def start_active_commit(
+    group: Group,
+    top: Node,
+    base: Node,
+    options: MirrorOptions,
+    *,
+    filter_name: str | None = None,
+    **job: Any,
+) -> ActiveCommit:
+    """Enter a commit of all layers from the active layer ``top`` down to above ``base``."""
+    check_top(top)
+    layers = top.chain()
+    for layer in layers[: layers.index(base) + 1]:
+        check_free(layer)
+    was_read_only = base.flags.read_only
+    async with edit.changing(top.graph):
+        await reopen.set_read_only(base, False)
+        try:
+            # Everybody may read, and change, the base as it was: nobody above sees a difference.
+            hold = Root(
+                base, f"block job '{job['identifier']}'", WRITE | Permission.RESIZE, follows=False
+            )
+            try:
+                filter_node = await insert_filter(top, "mirror_top", filter_name)
+            except BaseException:
+                await hold.close()
+                raise
+        except BaseException:
+            await reopen.set_read_only(base, was_read_only)
+            raise
+        source = Root(top, f"block job '{job['identifier']}'", READ, follows=False)
+        commit = ActiveCommit(source, hold, filter_node, options, was_read_only, **job)
+        group.add(commit)
+    return commit
