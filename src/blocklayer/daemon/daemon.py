@@ -1,0 +1,71 @@
+"""The daemon: one live graph, the jobs that run on it, and the front ends through which it is used.
+
+    async with Daemon() as daemon:
+        await nodes.add(daemon, {"driver": "qcow2", "node-name": "disk0", "file": {…}})
+
+What can be done is in the modules beside this one, one file a subject; each takes the daemon first.
+
+1. What is added by name stays until it is removed by name, or the daemon closes.
+2. Closing ends everything in order: front ends stop taking requests, jobs are cancelled, caches and
+   bitmaps are stored. What could not be stored is raised, after the rest was closed all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+
+from blocklayer.drivers import REGISTRY
+from blocklayer.errors import BlockError, UsageError
+from blocklayer.graph.gate import Policy
+from blocklayer.graph.graph import Graph
+from blocklayer.graph.node import Node
+from blocklayer.graph.registry import Registry
+from blocklayer.jobs.group import Jobs
+
+
+class Daemon:
+    """A live block layer. Use it on one event loop only."""
+
+    def __init__(self, *, policy: Policy | None = None, registry: Registry = REGISTRY) -> None:
+        self.graph = Graph(registry, policy)
+        self.jobs = Jobs()
+        self.front_ends: list[Callable[[], Awaitable[None]]] = []
+        """What ends each kind of front end (devices, servers, exports), the first to end last."""
+
+    async def __aenter__(self) -> Daemon:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def find(self, name: str) -> Node:
+        """The node that ``name`` stands for: a device's, or the node of that name."""
+        node = self.graph.nodes.get(name)
+        if node is None:
+            raise UsageError(f"Cannot find device='{name}' nor node-name='{name}'")
+        return node
+
+    async def close(self) -> None:
+        """End everything. Raises the first error met."""
+        failure: BlockError | None = None
+        for end in reversed(self.front_ends):
+            try:
+                await end()
+            except BlockError as error:
+                failure = failure or error
+        await self.jobs.cancel_all()
+        for node in list(self.graph.nodes.values()):
+            if node.held:
+                node.held = False
+                try:
+                    await self.graph.release(node)
+                except BlockError as error:
+                    failure = failure or error
+        if failure is not None:
+            raise failure
