@@ -1,1 +1,1 @@
-"""The daemon as an object: a live graph, its jobs and front ends, for Python; QMP is a skin on it."""
+"""The daemon as an object: a live graph, its jobs and front ends; QMP is a skin on it."""

@@ -1,1 +1,1 @@
-"""Front ends that serve nodes to others: what all exports have in common, and one part a protocol."""
+"""Front ends that serve nodes to others: what exports have in common, and a part a protocol."""
