@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from blocklayer.errors import UsageError
 from blocklayer.graph import io
 from blocklayer.graph.child import Child
-from blocklayer.graph.driver import Buffer, FilterDriver, FilterOptions, FormatDriver
+from blocklayer.graph.driver import Buffer, FormatDriver
+from blocklayer.graph.filter import FilterDriver, FilterOptions
 from blocklayer.graph.permission import Permission
 from blocklayer.graph.resolve import runs
 from blocklayer.units import MIB, align_down, align_up

@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from blocklayer.graph.child import Child
-from blocklayer.graph.driver import Buffer, FilterDriver
+from blocklayer.graph.driver import Buffer
+from blocklayer.graph.filter import FilterDriver
 from blocklayer.graph.permission import Permission
 
 Pass = Callable[[], Awaitable[None]]

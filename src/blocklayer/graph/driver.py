@@ -1,7 +1,8 @@
 """The contracts: what a driver must answer, and what it may assume.
 
 There are three kinds. A **protocol driver** stores bytes. A **format driver** maps guest bytes to
-its children and moves none of them. A **filter driver** shows one child, changed on the way.
+its children and moves none of them. A **filter driver** shows one child, changed on the way
+(``graph.filter``).
 
 1. All methods run on the graph's one event loop; between two ``await`` nothing else runs.
 2. Offsets and lengths are in bytes and lie within ``size``; ``graph.io`` has checked that. Those of
@@ -25,7 +26,7 @@ import msgspec
 from blocklayer.errors import UnsupportedError, UsageError
 from blocklayer.graph.child import Role
 from blocklayer.graph.extent import Allocation, Extent, Kind
-from blocklayer.graph.options import AmendOptions, CreateOptions, NodeOptions, Reference
+from blocklayer.graph.options import AmendOptions, CreateOptions, NodeOptions
 from blocklayer.graph.options import CreateOptions as AnyCreateOptions
 from blocklayer.graph.permission import Permission
 
@@ -392,102 +393,6 @@ class FormatDriver(Driver):
     async def create(cls, graph: Graph, target: Node, options: CreateOptions) -> None:
         """Write a new, empty image to ``target``, an open writable protocol node of size 0."""
         raise UnsupportedError(f"Format driver '{cls.NAME}' does not support image creation")
-
-
-class FilterOptions(NodeOptions):
-    """What every filter takes: the node that it shows."""
-
-    file: Reference = ""
-
-
-class FilterDriver(Driver):
-    """Shows its child ``file``; subclasses change what passes.
-
-    As it stands everything passes unchanged, and reads and writes do not even come here: a filter
-    that wants to see them says so.
-    """
-
-    Options: ClassVar[type[NodeOptions]] = FilterOptions
-
-    sees_reads: bool = False
-    """Reads come to ``read_opaque``."""
-    sees_writes: bool = False
-    """Writes, zeros and discards come to ``write_opaque`` and its kin."""
-    shows_child: ClassVar[bool] = True
-    """What is read is what the child holds, in the same place."""
-
-    async def open(self) -> None:
-        """Open the child."""
-        options = self.node.options
-        assert isinstance(options, FilterOptions)
-        await self.node.open_child("file", options.file, Role.FILTERED)
-
-    @property
-    def child(self) -> Node:
-        """The node that is shown."""
-        return self.node.children["file"].node
-
-    @property
-    def size(self) -> int:
-        """The child's size."""
-        return self.child.driver.size
-
-    def child_permissions(self, child: Child, taken: int, shared: int) -> tuple[int, int]:
-        """What the users take and share."""
-        return taken, shared
-
-    async def map(self, offset: int, length: int) -> Extent:
-        """The child's bytes, or whatever ``read_opaque`` and ``write_opaque`` make of them."""
-        if self.sees_reads or self.sees_writes:
-            return Extent(offset, length, Kind.OPAQUE, writable=True)
-        edge = self.node.children["file"]
-        return Extent(offset, length, Kind.DATA, offset, edge, writable=True)
-
-    async def read_opaque(self, offset: int, view: memoryview) -> None:
-        """Pass on."""
-        from blocklayer.graph import io
-
-        await io.read_into(self.child, offset, view)
-
-    async def write_opaque(self, offset: int, data: Buffer) -> None:
-        """Pass on."""
-        from blocklayer.graph import io
-
-        await io.write(self.child, offset, data)
-
-    async def write_zeroes(self, offset: int, length: int, *, unmap: bool, fallback: bool) -> None:
-        """Pass on. Offset and length are aligned to nothing."""
-        from blocklayer.graph import io
-
-        await io.write_zeroes(self.child, offset, length, unmap=unmap, fallback=fallback)
-
-    async def discard(self, offset: int, length: int) -> None:
-        """Pass on. Offset and length are aligned to nothing."""
-        from blocklayer.graph import io
-
-        await io.discard(self.child, offset, length)
-
-    async def write_compressed(self, offset: int, data: Buffer) -> None:
-        """Pass on."""
-        from blocklayer.graph import io
-
-        await io.write_compressed(self.child, offset, data)
-
-    async def flush(self) -> None:
-        """Pass on."""
-        from blocklayer.graph import io
-
-        await io.flush(self.child)
-
-    async def truncate(self, size: int, *, preallocation: str, shrink: bool) -> None:
-        """Pass on."""
-        from blocklayer.graph import io
-
-        await io.truncate(self.child, size, preallocation=preallocation, shrink=shrink)
-
-    def info(self) -> DriverInfo | None:
-        """The child's."""
-        return self.child.driver.info()
 
 
 class CheckResult(msgspec.Struct, kw_only=True, omit_defaults=True):

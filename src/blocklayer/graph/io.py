@@ -18,8 +18,9 @@ import errno
 from collections.abc import Sequence
 
 from blocklayer.errors import StorageError, UnsupportedError, UsageError
-from blocklayer.graph.driver import Buffer, FilterDriver, FormatDriver, ProtocolDriver
+from blocklayer.graph.driver import Buffer, FormatDriver, ProtocolDriver
 from blocklayer.graph.extent import Allocation, Kind
+from blocklayer.graph.filter import FilterDriver
 from blocklayer.graph.node import Node
 from blocklayer.graph.registry import PROBE_SIZE
 from blocklayer.graph.resolve import locate, status

@@ -195,7 +195,7 @@ class Node:
 
         Filters hold nothing, and are left out.
         """
-        from blocklayer.graph.driver import FilterDriver
+        from blocklayer.graph.filter import FilterDriver
 
         layers: list[Node] = []
         layer: Node | None = self

@@ -13,8 +13,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import AsyncIterator
 
-from blocklayer.graph.driver import FilterDriver, FormatDriver, ProtocolDriver
+from blocklayer.graph.driver import FormatDriver, ProtocolDriver
 from blocklayer.graph.extent import Extent, Kind, Run
+from blocklayer.graph.filter import FilterDriver
 from blocklayer.graph.node import Node
 from blocklayer.units import GIB
 

@@ -12,8 +12,9 @@ from blocklayer.cli.io.session import Session
 from blocklayer.cli.io.texts import number, size_text
 from blocklayer.cli.io.verbs import CommandError, Given, Verb
 from blocklayer.errors import BlockError, UsageError
-from blocklayer.graph.driver import DriverInfo, FilterDriver
+from blocklayer.graph.driver import DriverInfo
 from blocklayer.graph.extent import Kind
+from blocklayer.graph.filter import FilterDriver
 from blocklayer.graph.node import Node
 from blocklayer.units import SECTOR
 
