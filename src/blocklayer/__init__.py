@@ -19,17 +19,29 @@ if TYPE_CHECKING:
     from blocklayer.api import disk as aio
     from blocklayer.api.sync import Disk, create, open, stream
     from blocklayer.errors import BlockError
-    from blocklayer.graph.gate import Policy
+    from blocklayer.graph.gate import Policy, default_policy, set_default_policy
 
 __version__ = "0.1.0"
-__all__ = ["BlockError", "Disk", "Policy", "aio", "create", "open", "stream"]
+__all__ = [
+    "BlockError",
+    "Disk",
+    "Policy",
+    "aio",
+    "create",
+    "default_policy",
+    "open",
+    "set_default_policy",
+    "stream",
+]
 
 _HOMES = {
     "BlockError": "blocklayer.errors",
     "Disk": "blocklayer.api.sync",
     "Policy": "blocklayer.graph.gate",
     "create": "blocklayer.api.sync",
+    "default_policy": "blocklayer.graph.gate",
     "open": "blocklayer.api.sync",
+    "set_default_policy": "blocklayer.graph.gate",
     "stream": "blocklayer.api.sync",
 }
 

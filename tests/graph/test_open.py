@@ -264,10 +264,10 @@ def test_the_gate_is_asked_for_what_an_image_names_only() -> None:
 def test_no_guessing_where_the_policy_forbids_it() -> None:
     toy_image("base", 512)
     top = toy_image("top", 512, backing="base", backing_format=None)
-    assert isinstance(refused(top, Policy(probe=False)), PolicyError)
-    assert isinstance(refused(top, Policy(probe=False), format="toy"), PolicyError)
+    assert isinstance(refused(top, Policy(probing=False)), PolicyError)
+    assert isinstance(refused(top, Policy(probing=False), format="toy"), PolicyError)
     toy_image("top", 512, backing="base", backing_format="toy")
-    assert len(opened(top, Policy(probe=False), format="toy")) == 2
+    assert len(opened(top, Policy(probing=False), format="toy")) == 2
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,8 @@ def test_names_in_images(
         return plain(path, *arguments, **options)
 
     monkeypatch.setattr(os, "open", noting)
-    for policy in (Policy(references=False), Policy(allow=(str(folder),)), Policy(probe=False)):
-        strict = policy.probe
+    for policy in (Policy(references=False), Policy(allow=(str(folder),)), Policy(probing=False)):
+        strict = policy.probing
         opened.clear()
         try:
             asyncio.run(read_and_close(image, policy))

@@ -67,6 +67,7 @@ class Disk:
         one_pass: bool = False,
         snapshot: str | None = None,
         policy: Policy | None = None,
+        named_by: str | None = None,
         graph: Graph | None = None,
     ) -> Disk:
         """Open ``image``; ``format`` None guesses it from the first bytes.
@@ -75,7 +76,9 @@ class Disk:
         another process writes. ``cache`` is a name from ``CACHE_MODES``. ``repair`` lets an image
         that is marked dirty or corrupt in as it is, to be checked. ``one_pass`` keeps caches small,
         for who goes through the disk once. ``snapshot``, an id or a name, shows that internal
-        snapshot in place of the disk, read-only. Raises BlockError.
+        snapshot in place of the disk, read-only. ``policy`` says what images may open (else
+        ``default_policy``); ``named_by`` is the image that names this one, if it is not the user.
+        Raises BlockError.
         """
         if cache not in CACHE_MODES:
             raise UsageError(f"Invalid cache mode '{cache}': use one of {', '.join(CACHE_MODES)}")
@@ -89,6 +92,7 @@ class Disk:
             detect_zeroes=detect_zeroes,
             repair=repair,
             one_pass=one_pass,
+            named_by=named_by,
         )
         where = graph or Graph(REGISTRY, policy)
         source = image if isinstance(image, (str, Mapping)) else os.fspath(image)

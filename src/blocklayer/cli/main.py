@@ -3,7 +3,9 @@
 1. Only the module of the chosen command is imported.
 2. Called by the name of an original tool (a link named ``qemu-img``), the program is that tool:
    same arguments, and that name in front of its messages. Otherwise they start with ``blk img:``.
-3. Exit codes: 0, 1 for every error, 130 after Ctrl-C; ``check`` and ``compare`` have more. Bad
+3. One policy holds for whatever a command opens: ``--policy`` before the command, else what
+   BLOCKLAYER_POLICY says.
+4. Exit codes: 0, 1 for every error, 130 after Ctrl-C; ``check`` and ``compare`` have more. Bad
    input gives lines for a person, never a traceback.
 """
 
@@ -17,7 +19,8 @@ from typing import TYPE_CHECKING, Final
 from blocklayer.cli import console
 from blocklayer.cli.options import Command, CommandLineError, HelpRequest, help_text, parse
 from blocklayer.cli.options import summary as summary_of
-from blocklayer.errors import BlockError
+from blocklayer.errors import BlockError, UsageError
+from blocklayer.graph.gate import Policy, default_policy, set_default_policy
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -50,6 +53,7 @@ def main(arguments: Sequence[str] | None = None, called: str | None = None) -> i
             # File names are bytes: what was not UTF-8 on the way in is the same on the way out.
             stream.reconfigure(errors="surrogateescape")
     console.program = called if called in {tool for tool, _, _ in GROUPS.values()} else "blk"
+    policy = default_policy()
     try:
         code = _run_guarded(rest)
         console.flush()
@@ -60,11 +64,16 @@ def main(arguments: Sequence[str] | None = None, called: str | None = None) -> i
         if isinstance(error, console.OutputError):
             console.error(str(error))
         return 1
+    finally:
+        set_default_policy(policy)
 
 
 def _run_guarded(arguments: list[str]) -> int:
     """Run; turn every error into lines for a person and an exit code."""
     try:
+        named = os.environ.get("BLOCKLAYER_POLICY")
+        if named:
+            _use_policy(named)
         return _choose_group(arguments)
     except CommandLineError as error:
         console.error(str(error), error.by)
@@ -79,6 +88,8 @@ def _run_guarded(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         console.error("interrupted")
         return EXIT_INTERRUPTED
+    except MemoryError:
+        console.error("out of memory")
     except Exception as error:
         return _report_bug(error)
     return 1
@@ -96,10 +107,39 @@ def _report_bug(error: Exception) -> int:
     return 1
 
 
+def _use_policy(text: str) -> None:
+    """Put the policy ``text`` in force: a name of ours, or a JSON file."""
+    import msgspec
+
+    if text in ("strict", "no-probe"):
+        set_default_policy(Policy.strict() if text == "strict" else Policy(probing=False))
+        return
+    try:
+        with open(text, "rb") as file:
+            set_default_policy(msgspec.json.decode(file.read(), type=Policy))
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(
+            f"Could not use the policy '{text}': {said} (strict, no-probe, or a JSON file)"
+        ) from None
+
+
+def _take_policy(arguments: list[str]) -> list[str]:
+    """``arguments`` without the ``--policy`` at their start, which is put in force."""
+    while arguments and arguments[0].partition("=")[0] == "--policy":
+        first, *arguments = arguments
+        _, equals, policy = first.partition("=")
+        if not equals and not arguments:
+            raise CommandLineError("option '--policy' requires an argument")
+        _use_policy(policy if equals else arguments.pop(0))
+    return arguments
+
+
 def _choose_group(arguments: list[str]) -> int:
     if console.program != "blk":
         place = next(place for tool, place, _ in GROUPS.values() if tool == console.program)
         return _run_place(place, arguments)
+    arguments = _take_policy(arguments)
     if not arguments:
         raise CommandLineError("Not enough arguments")
     first, *rest = arguments
@@ -119,6 +159,7 @@ def _choose_group(arguments: list[str]) -> int:
 
 def _run_place(place: str, arguments: list[str]) -> int:
     """Run the one command at ``place``, or the chosen one of the table there."""
+    arguments = _take_policy(arguments)
     if arguments[:1] in (["-V"], ["--version"]):
         console.write(_version())
         return 0
@@ -239,6 +280,9 @@ def _standard_options() -> list[str]:
         "     print this help and exit",
         "  -V, --version",
         "     print the version and exit",
+        "  --policy POLICY",
+        "     what images may open, for every command: strict, no-probe, or a JSON file",
+        "     (before the command; else the environment variable BLOCKLAYER_POLICY says)",
         "",
     ]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from blocklayer.errors import BlockError, UsageError
 from blocklayer.graph import permission
 from blocklayer.graph.child import Child, Role
-from blocklayer.graph.gate import Policy
+from blocklayer.graph.gate import Budget, Policy, default_policy
 from blocklayer.graph.request import Epochs
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ class Graph:
 
     def __init__(self, registry: Registry, policy: Policy | None = None) -> None:
         self.registry = registry
-        self.policy = policy or Policy()
+        self.policy = policy or default_policy()
+        self.budget: Budget | None = None
+        """What opening may still spend; set by ``graph.open`` while it opens."""
         self.nodes: dict[str, Node] = {}
         self.roots: list[Root] = []
         self.epochs = Epochs()

@@ -71,6 +71,8 @@ async def read(node: Node, offset: int, length: int) -> bytes:
 async def read_into(node: Node, offset: int, view: memoryview) -> None:
     """Fill ``view`` from ``offset``: each run from the first layer that has it."""
     driver = node.driver
+    if node.graph.budget is not None:
+        node.graph.budget.spend(len(view))
     if isinstance(driver, ProtocolDriver):
         await driver.read(offset, view)
         return

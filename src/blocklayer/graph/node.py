@@ -42,6 +42,8 @@ class Flags(msgspec.Struct, kw_only=True):
     """Opened to be checked or repaired: one that is marked dirty or corrupt is let in as it is."""
     one_pass: bool = False
     """Every place will be visited once, in order: caches beyond a little are a waste of memory."""
+    named_by: str | None = None
+    """The image on whose word the node is opened; None for what the user named."""
 
     def inherited(self, role: Role) -> Flags:
         """What a child in ``role`` has where its own options are silent."""
@@ -51,6 +53,7 @@ class Flags(msgspec.Struct, kw_only=True):
                 no_flush=self.no_flush,
                 force_share=self.force_share,
                 one_pass=self.one_pass,
+                named_by=self.named_by,
             )
         return Flags(
             read_only=self.read_only,
@@ -61,6 +64,7 @@ class Flags(msgspec.Struct, kw_only=True):
             # What may be discarded is decided above; below, it is done.
             discard_unmap=True,
             one_pass=self.one_pass,
+            named_by=self.named_by,
         )
 
 
@@ -131,11 +135,17 @@ class Node:
         return describe(self)
 
     async def open_child(
-        self, name: str, reference: Reference | None, role: Role = Role.STORAGE
+        self,
+        name: str,
+        reference: Reference | None,
+        role: Role = Role.STORAGE,
+        *,
+        named_by: str | None = None,
     ) -> Node:
         """Open or look up the child that ``reference`` stands for, and attach it.
 
         While a node is reopened its children are there already: they stay what they are.
+        ``named_by`` is the image that names it, where it is not the user.
         """
         from blocklayer.graph.open import open_reference
 
@@ -143,7 +153,9 @@ class Node:
             return self.children[name].node
         if reference is None or reference == "":
             raise UsageError(f'A block device must be specified for "{name}"')
-        node = await open_reference(self.graph, reference, self.flags.inherited(role))
+        flags = self.flags.inherited(role)
+        flags.named_by = named_by or flags.named_by
+        node = await open_reference(self.graph, reference, flags)
         try:
             self.graph.attach(self, name, node, role)
         except BaseException:

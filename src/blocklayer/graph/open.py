@@ -9,7 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,24 @@ async def open_image(
     options = image_options(image, graph.registry, format) if isinstance(image, str) else {**image}
     if format is not None and not isinstance(image, str):
         options.setdefault("driver", format)
-    return await open_options(graph, options, flags or Flags(), backing=backing)
+    with _limits(graph):
+        return await open_options(graph, options, flags or Flags(), backing=backing)
+
+
+@contextmanager
+def _limits(graph: Graph) -> Iterator[None]:
+    """The time while an image is opened; those opened side by side share the policy's limits."""
+    budget = graph.budget = graph.budget or graph.policy.budget()
+    if budget is None:
+        yield
+        return
+    budget.users += 1
+    try:
+        yield
+    finally:
+        budget.users -= 1
+        if not budget.users:
+            graph.budget = None
 
 
 async def open_reference(graph: Graph, reference: Reference, inherited: Flags) -> Node:
@@ -64,6 +82,8 @@ async def open_reference(graph: Graph, reference: Reference, inherited: Flags) -
     A plain file name in it is a protocol's: the format inside is the parent's, and is not guessed.
     """
     if isinstance(reference, str):
+        if inherited.named_by is not None:
+            graph.policy.check_node(inherited.named_by, reference)
         return graph.find(reference)
     if not isinstance(reference, Mapping):
         raise UsageError(f"A node is given by its name or its options, not by '{reference}'")
@@ -135,8 +155,10 @@ async def _open_one(graph: Graph, options: Mapping[str, Any], inherited: Flags) 
         node = Node(graph, graph.new_name(decoded.node_name), _flags(decoded, inherited), decoded)
         node.probed = storage is not None
         node.driver = driver(node)
+        _check_policy(graph, node, decoded)
         graph.nodes[node.name] = node
         await _open_driver(node)
+        await _check_size(graph, node)
     except BaseException:
         if storage is not None:
             storage.held = was_held
@@ -168,6 +190,24 @@ def _with_storage(graph: Graph, options: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "file": protocol_options(_plain_name(options), graph.registry)}
 
 
+def _check_policy(graph: Graph, node: Node, options: NodeOptions) -> None:
+    image = node.flags.named_by
+    if isinstance(node.driver, FormatDriver):
+        graph.policy.check_format(node.driver.NAME)
+    elif image is not None and isinstance(node.driver, ProtocolDriver):
+        filename = getattr(options, "filename", None)
+        graph.policy.check_storage(image, node.driver.NAME, filename)
+
+
+async def _check_size(graph: Graph, node: Node) -> None:
+    try:
+        if isinstance(node.driver, FormatDriver):
+            graph.policy.check_size(node.filename, node.size)
+    except PolicyError:
+        await graph.release(node)
+        raise
+
+
 async def _open_driver(node: Node) -> None:
     try:
         await node.driver.open()
@@ -189,7 +229,7 @@ async def _probe(
 
     The storage is held until the format node is its parent; the last answer is what ``held`` was.
     """
-    if not graph.policy.probe:
+    if not graph.policy.probing:
         raise PolicyError("The policy forbids guessing an image's format: name it")
     reference = options.get("file")
     if reference is None:
@@ -232,6 +272,7 @@ def _flags(options: NodeOptions, inherited: Flags) -> Flags:
         detect_zeroes=chosen(options.detect_zeroes, inherited.detect_zeroes),
         repair=inherited.repair,
         one_pass=inherited.one_pass,
+        named_by=inherited.named_by,
     )
     if flags.force_share and not flags.read_only:
         raise UsageError("force-share=on can only be used with read-only images")
@@ -296,6 +337,7 @@ async def _open_backing(graph: Graph, node: Node, seen: set[object | None]) -> N
     if isinstance(given, str):
         return graph.find(given)
     options: dict[str, Any] = {} if given is UNSET else {**given}
+    flags = node.flags.inherited(Role.BACKING)
     if "file" not in options and "filename" not in options:
         reference = driver.backing_reference
         if reference is None:
@@ -303,10 +345,11 @@ async def _open_backing(graph: Graph, node: Node, seen: set[object | None]) -> N
                 raise UsageError(f"'{node.filename}' has no backing file to give options for")
             return None
         options = _named_backing(graph, node, reference.filename, reference.format, options)
+        flags.named_by = node.filename
         # Before it is opened: its lock would be in our own way, and that would be the message.
         _check_loop(_identity_of(graph, options.get("file")), seen, reference.filename)
     try:
-        return await _open_one(graph, options, node.flags.inherited(Role.BACKING))
+        return await _open_one(graph, options, flags)
     except BlockError as error:
         raise error.reworded(f"Could not open backing file: {error}") from error
 
@@ -320,6 +363,6 @@ def _named_backing(
     local = not full.startswith("json:") and scheme_of(full) in (None, "file")
     graph.policy.check(image, "backing file", full.removeprefix("file:"), local=local)
     wanted = str(extra["driver"]) if "driver" in extra else format
-    if wanted is None and not graph.policy.probe:
+    if wanted is None and not graph.policy.probing:
         raise PolicyError(f"'{image}' does not name its backing file's format, and guessing is off")
     return {**image_options(full, graph.registry, wanted), **extra}

@@ -67,6 +67,7 @@ class Info(Command):
         found: list[ImageInfo] = []
         seen: set[object] = set()
         image, format, image_opts = name, self.format, self.image_opts
+        above: str | None = None
         while True:
             disk = await open_disk(
                 image,
@@ -75,6 +76,7 @@ class Info(Command):
                 force_share=self.force_share,
                 cache=self.cache,
                 backing=False,
+                named_by=above,
             )
             try:
                 info = image_info(disk.root.node)
@@ -90,11 +92,12 @@ class Info(Command):
                 below = info.full_backing_filename
                 policy = disk.graph.policy
                 local = not below.startswith("json:") and scheme_of(below) in (None, "file")
-                policy.check(image, "backing file", below, local=local)
+                policy.check(image, "backing file", below.removeprefix("file:"), local=local)
                 policy.check_depth(name, len(found) + 1)
             finally:
                 await disk.close()
-            image, format, image_opts = below, info.backing_filename_format, False
+            above, image = image, below
+            format, image_opts = info.backing_filename_format, False
 
 
 def _identity(disk: Disk) -> object | None:

@@ -158,7 +158,9 @@ class VmdkDriver(BlockFormatDriver):
                 f"'{self._storage.filename}' has a read-only extent: open it read-only"
             )
         name = f"extents.{index}"
-        node = await self.node.open_child(name, self._extent_options(line.filename), Role.STORAGE)
+        node = await self.node.open_child(
+            name, self._extent_options(line.filename), named_by=self._storage.filename
+        )
         if line.type in text.FLAT:
             child = self.node.children[name]
             return FlatExtent(start, size, child, line.start * SECTOR, line.type)
