@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from blocklayer.api import disk as aio
-    from blocklayer.api.sync import Disk, create, open, stream
+    from blocklayer.api.sync import Disk, create, inspect, open, stream
     from blocklayer.errors import BlockError
     from blocklayer.graph.gate import Policy, default_policy, set_default_policy
 
@@ -29,6 +29,7 @@ __all__ = [
     "aio",
     "create",
     "default_policy",
+    "inspect",
     "open",
     "set_default_policy",
     "stream",
@@ -40,6 +41,7 @@ _HOMES = {
     "Policy": "blocklayer.graph.gate",
     "create": "blocklayer.api.sync",
     "default_policy": "blocklayer.graph.gate",
+    "inspect": "blocklayer.api.sync",
     "open": "blocklayer.api.sync",
     "set_default_policy": "blocklayer.graph.gate",
     "stream": "blocklayer.api.sync",

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from blocklayer.api.bitmaps import Bitmaps
+from blocklayer.api.inspection.report import Inspection
 from blocklayer.api.map import MapEntry, map_entries
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import UsageError
@@ -229,3 +230,21 @@ async def stream(disk: Disk, format: str = "qcow2", **options: Any) -> Stream:
     from blocklayer.api.stream import stream as start
 
     return await start(disk, format, **options)
+
+
+async def inspect(
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    max_size: int | None = None,
+    content: bool = True,
+) -> Inspection:
+    """Look at the image in the file ``path`` without trusting it; opens nothing that it names.
+
+    ``format`` must be the file's own if it is given. ``max_size`` is the largest disk, in bytes,
+    that is not ``too-large``. ``content`` False leaves the start of the disk itself unread. Raises
+    FormatError if the format is another one, StorageError or UsageError if there is no such file.
+    """
+    from blocklayer.api.inspection.inspect import inspect as inspect_image
+
+    return await inspect_image(path, format, max_size=max_size, content=content)

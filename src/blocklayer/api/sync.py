@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from blocklayer.api import disk as aio
 from blocklayer.api.bitmaps import Bitmaps as AsyncBitmaps
+from blocklayer.api.inspection.report import Inspection
 from blocklayer.api.map import MapEntry
 from blocklayer.graph import waiting
 from blocklayer.graph.dirty_bitmap import BlockDirtyInfo
@@ -225,3 +226,10 @@ def stream(disk: Disk, format: str = "qcow2", **options: Any) -> Stream:
     ...         response.write(chunk)
     """
     return Stream(run(aio.stream(disk.aio, format, **options)))
+
+
+def inspect(path: str | os.PathLike[str], format: str | None = None, **options: Any) -> Inspection:
+    """Look at an image without trusting it; ``options`` as for ``blocklayer.aio.inspect``."""
+    from blocklayer.api.inspection.inspect import inspect as inspect_image
+
+    return run(inspect_image(path, format, **options))

@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "create": f"{_HERE}.create:Create",
     "dd": f"{_HERE}.dd:Dd",
     "info": f"{_HERE}.info:Info",
+    "inspect": f"{_HERE}.inspect:Inspect",
     "map": f"{_HERE}.map:Map",
     "measure": f"{_HERE}.measure:Measure",
     "rebase": f"{_HERE}.rebase:Rebase",

@@ -11,7 +11,7 @@ Public:
       .compression_type, .header_length, .cluster_size, .extended_l2,
       .has_data_file
       .set_feature_names(), .feature_names(kind) -> dict[bit, name]
-    Extension(type, data); feature_name_table() -> bytes
+    Extension(type, data); feature_name_table() -> bytes; known_features(kind) -> dict[bit, name]
     MAGIC, the feature bits INCOMPATIBLE_* COMPATIBLE_* AUTOCLEAR_*, and EXTENSION_*
 
 1. decode then encode gives the same bytes for every header QEMU writes: fields and extensions
@@ -241,7 +241,7 @@ class ImageHeader(msgspec.Struct, kw_only=True):
 
     def feature_names(self, kind: int) -> dict[int, str]:
         """Names by bit for one kind of feature: ours, and over them the image's own."""
-        names = {bit: name for (row_kind, bit), name in _FEATURE_NAMES.items() if row_kind == kind}
+        names = known_features(kind)
         table = self.extension(EXTENSION_FEATURE_NAMES) or b""
         for start in range(0, len(table) - _FEATURE_ROW_SIZE + 1, _FEATURE_ROW_SIZE):
             if table[start] == kind and table[start + 1] < 64:
@@ -301,6 +301,11 @@ class ImageHeader(msgspec.Struct, kw_only=True):
             ).pack()
             + self.additional
         )
+
+
+def known_features(kind: int) -> dict[int, str]:
+    """Names by bit of the features of one kind that this package knows."""
+    return {bit: name for (row_kind, bit), name in _FEATURE_NAMES.items() if row_kind == kind}
 
 
 def feature_name_table() -> bytes:
