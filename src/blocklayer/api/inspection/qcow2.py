@@ -139,14 +139,14 @@ def _clusters(report: Inspection, reader: Reader, geometry: Geometry, places: li
     """What the first L2 tables map."""
     seen: set[int] = set()
     shared = beyond = False
-    expanded = stored = 0
+    expanded, packed = 0, [1 << 63, 0]
     for place in places[: max(1, _L2_SAMPLE // geometry.cluster_size)]:
         data = reader.read(place, geometry.cluster_size)
         for entry in _words(data, geometry.l2_entry_size):
             if entry & COMPRESSED:
                 host, length = decode_compressed(entry, geometry)
                 expanded += geometry.cluster_size
-                stored += length
+                packed = [min(packed[0], host), max(packed[1], host + length)]
             else:
                 host = entry & OFFSET_MASK
             if not host:
@@ -158,6 +158,8 @@ def _clusters(report: Inspection, reader: Reader, geometry: Geometry, places: li
         report.add("shared-clusters", "Entries of the L2 tables name the same cluster of the file.")
     if beyond:
         report.add("past-end", "A cluster of data is past the end of the file.")
+    # Lengths are rounded up to sectors, many clusters to one: only all together tell the size.
+    stored = packed[1] - packed[0]
     if expanded >= _EXPANSION_LEAST and expanded > stored * _EXPANSION_MAX:
         report.add(
             "compression-bomb",
