@@ -76,4 +76,6 @@ CASES = (
          (BLK, "img", "info", "small/0.qcow2"), (sys.executable, "-c", _IMPORTS), 1.5, runs=15),
     Case("open 1,000 / 1,000 × info", _small,
          (*_LIBRARY, "open", "small"), ("sh", "-c", _EVERY_INFO), 0.1, runs=1),
+    Case("clone 10,000 / copying one file", _small,
+         (*_LIBRARY, "clone", "small"), (*_LIBRARY, "copy", "small"), 1.0, runs=1),
 )  # fmt: skip

@@ -5,7 +5,9 @@ Each prints the seconds that count: those of the work, without starting the inte
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -34,5 +36,24 @@ def open_all(folder: str) -> None:
     print(time.perf_counter() - started_s)
 
 
+def clone(folder: str) -> None:
+    """Make 10,000 overlays of one image."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        names = [f"{place}/{number}.qcow2" for number in range(10_000)]
+        started_s = time.perf_counter()
+        blocklayer.clone(f"{folder}/0.qcow2", *names)
+        print(time.perf_counter() - started_s)
+
+
+def copy(folder: str) -> None:
+    """Make 10,000 sparse copies of one overlay, which is what it takes without cloning."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        blocklayer.clone(f"{folder}/0.qcow2", f"{place}/first.qcow2")
+        started_s = time.perf_counter()
+        for number in range(10_000):
+            shutil.copyfile(f"{place}/first.qcow2", f"{place}/{number}.qcow2")
+        print(time.perf_counter() - started_s)
+
+
 if __name__ == "__main__":
-    {"read": read, "open": open_all}[sys.argv[1]](sys.argv[2])
+    {"read": read, "open": open_all, "clone": clone, "copy": copy}[sys.argv[1]](sys.argv[2])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from blocklayer.api import disk as aio
-    from blocklayer.api.sync import Disk, create, inspect, open, stream
+    from blocklayer.api.sync import Disk, clone, create, inspect, open, stream
     from blocklayer.errors import BlockError
     from blocklayer.graph.gate import Policy, default_policy, set_default_policy
 
@@ -27,6 +27,7 @@ __all__ = [
     "Disk",
     "Policy",
     "aio",
+    "clone",
     "create",
     "default_policy",
     "inspect",
@@ -39,6 +40,7 @@ _HOMES = {
     "BlockError": "blocklayer.errors",
     "Disk": "blocklayer.api.sync",
     "Policy": "blocklayer.graph.gate",
+    "clone": "blocklayer.api.sync",
     "create": "blocklayer.api.sync",
     "default_policy": "blocklayer.graph.gate",
     "inspect": "blocklayer.api.sync",

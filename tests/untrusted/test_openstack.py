@@ -22,7 +22,6 @@ from cli.runs import ours
 from oracles import Oracle, miss
 from untrusted.attacks import ATTACKS, Attack
 
-
 ADDRESS_SPACE = 1 << 30
 PROCESSOR_TIME_S = 60
 NAMES = {"vpc": "vhd"}

@@ -248,3 +248,17 @@ async def inspect(
     from blocklayer.api.inspection.inspect import inspect as inspect_image
 
     return await inspect_image(path, format, max_size=max_size, content=content)
+
+
+async def clone(
+    base: str | os.PathLike[str], *names: str | os.PathLike[str], **options: Any
+) -> list[str]:
+    """Make a qcow2 overlay of ``base`` under each of ``names``; ``options`` as for
+    ``blocklayer.api.clone.clone``: ``format``, ``size``, ``relative``, ``force``, ``sync``,
+    ``policy`` and those of new images, as ``cluster_size``.
+
+    A clone is there complete or not at all. Raises BlockError at the first that cannot be made.
+    """
+    from blocklayer.api.clone import clone as make_clones
+
+    return await make_clones(base, names, **options)

@@ -233,3 +233,12 @@ def inspect(path: str | os.PathLike[str], format: str | None = None, **options: 
     from blocklayer.api.inspection.inspect import inspect as inspect_image
 
     return run(inspect_image(path, format, **options))
+
+
+def clone(
+    base: str | os.PathLike[str], *names: str | os.PathLike[str], **options: Any
+) -> list[str]:
+    """Make a qcow2 overlay of ``base`` under each of ``names``, in microseconds each; ``options``
+    as for ``blocklayer.aio.clone``.
+    """
+    return run(aio.clone(base, *names, **options))

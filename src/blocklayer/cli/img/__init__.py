@@ -11,6 +11,7 @@ COMMANDS: Final = {
     "bench": f"{_HERE}.bench:Bench",
     "bitmap": f"{_HERE}.bitmap:Bitmap",
     "check": f"{_HERE}.check:Check",
+    "clone": f"{_HERE}.clone:Clone",
     "commit": f"{_HERE}.commit:Commit",
     "compare": f"{_HERE}.compare:Compare",
     "convert": f"{_HERE}.convert:Convert",

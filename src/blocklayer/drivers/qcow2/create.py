@@ -4,6 +4,7 @@ Public:
     Qcow2CreateOptions      the options, by the names of ``-o``
     plan(geometry, size, *, mapped) -> Layout   where everything of a new image lies; pure
     new_header(options, layout) -> ImageHeader
+    refcount_pieces(layout)     (offset, bytes) of the refcount table and its blocks; pure
     create(graph, target, options)              all of it
 
 1. Without preallocation the file is the one qemu-img writes, byte for byte, as long as its refcount
@@ -16,6 +17,7 @@ Public:
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
 
 import msgspec
@@ -263,7 +265,8 @@ async def create(graph: Graph, target: Node, options: Qcow2CreateOptions) -> Non
     layout = plan(options.geometry, align_up(options.size, SECTOR), mapped=mapped)
     header = new_header(options, layout).encode()
     await _make_room(target, layout, options.preallocation)
-    await _write_refcounts(target, layout)
+    for offset, data in refcount_pieces(layout):
+        await io.write(target, offset, data)
     if mapped:
         await _write_mapping(target, layout)
     await io.flush(target)
@@ -284,18 +287,19 @@ async def _make_room(target: Node, layout: Layout, preallocation: str | None) ->
     await io.write_zeroes(target, 0, layout.file_size, unmap=unmap)
 
 
-async def _write_refcounts(target: Node, layout: Layout) -> None:
+def refcount_pieces(layout: Layout) -> Iterator[tuple[int, bytes]]:
+    """The refcount table and its blocks, each with its place in the file."""
     geometry = layout.geometry
     table = array("Q", bytes(layout.table_clusters << geometry.cluster_bits))
     for index, offset in layout.blocks:
         table[index] = offset
-    await io.write(target, layout.table_offset, store_table(table))
+    yield layout.table_offset, store_table(table)
     # The first block lies apart, all others are contiguous.
-    await io.write(target, layout.blocks[0][1], _block(layout, 0))
+    yield layout.blocks[0][1], _block(layout, 0)
     at_once = max(1, _CHUNK >> geometry.cluster_bits)
     for start in range(1, len(layout.blocks), at_once):
         part = layout.blocks[start : start + at_once]
-        await io.write(target, part[0][1], b"".join(_block(layout, index) for index, _ in part))
+        yield part[0][1], b"".join(_block(layout, index) for index, _ in part)
 
 
 def _block(layout: Layout, index: int) -> bytes:
