@@ -10,6 +10,7 @@ COMMANDS: Final = {
     "amend": f"{_HERE}.amend:Amend",
     "bench": f"{_HERE}.bench:Bench",
     "bitmap": f"{_HERE}.bitmap:Bitmap",
+    "chain": f"{_HERE}.chain:Chain",
     "check": f"{_HERE}.check:Check",
     "clone": f"{_HERE}.clone:Clone",
     "commit": f"{_HERE}.commit:Commit",

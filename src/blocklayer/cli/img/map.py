@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Annotated
 
+from blocklayer.api.layers import layer_map
 from blocklayer.api.map import MapEntry, map_entries
 from blocklayer.cli import console
 from blocklayer.cli.common import (
@@ -21,7 +22,8 @@ from blocklayer.cli.common import (
     size_argument,
 )
 from blocklayer.cli.options import Command, Option
-from blocklayer.errors import UnsupportedError
+from blocklayer.errors import StorageError, UnsupportedError
+from blocklayer.graph.node import Node
 
 _BATCH = 8192
 
@@ -36,6 +38,10 @@ class Map(Command):
     start_offset: Annotated[str, Option("where to start", "s", "OFFSET")] = "0"
     max_length: Annotated[str | None, Option("how far to go", "l", "LENGTH")] = None
     output: Output = "human"
+    picture: Annotated[
+        str | None,
+        Option("draw which layer holds what: an SVG file, or - for the terminal", value="FILE"),
+    ] = None
     force_share: ForceShare = False
 
     @property
@@ -56,6 +62,9 @@ class Map(Command):
             length = max(0, disk.size - start)
             if wanted is not None:
                 length = min(length, wanted)
+            if self.picture is not None:
+                await _draw(disk.root.node, start, length, self.picture)
+                return 0
             entries = map_entries(disk.root.node, start, length)
             if self.output == "json":
                 await _write_json(entries, start)
@@ -64,6 +73,25 @@ class Map(Command):
         finally:
             await disk.close()
         return 0
+
+
+async def _draw(node: Node, start: int, length: int, target: str) -> None:
+    if target == "-":
+        from blocklayer.cli.picture import terminal
+
+        width = terminal.width()
+        cells = terminal.cells(width)
+        found = await layer_map(node, cells=cells, offset=start, length=length)
+        console.write(terminal.draw(found, width, coloured=terminal.takes_colours()))
+        return
+    from blocklayer.cli.picture import svg
+
+    found = await layer_map(node, cells=svg.CELLS, offset=start, length=length)
+    try:
+        with open(target, "w", encoding="utf-8", errors="replace") as file:
+            file.write(svg.draw(found))
+    except OSError as error:
+        raise StorageError.from_os(error, f"Could not write '{target}'", target) from error
 
 
 async def _write_json(entries: AsyncIterator[MapEntry], start: int) -> None:
