@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from blocklayer.api.bitmaps import Bitmaps
-from blocklayer.api.inspection.report import Inspection
 from blocklayer.api.map import MapEntry, map_entries
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import UsageError
@@ -29,6 +28,7 @@ from blocklayer.graph.root import Root
 from blocklayer.units import parse_size
 
 if TYPE_CHECKING:
+    from blocklayer.api.inspection.report import Inspection
     from blocklayer.api.stream import Stream
 
 Image = str | os.PathLike[str] | Mapping[str, Any]

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from blocklayer.api import disk as aio
 from blocklayer.api.bitmaps import Bitmaps as AsyncBitmaps
-from blocklayer.api.inspection.report import Inspection
 from blocklayer.api.map import MapEntry
 from blocklayer.graph import waiting
 from blocklayer.graph.dirty_bitmap import BlockDirtyInfo
 from blocklayer.graph.driver import Buffer, SnapshotInfo
 
 if TYPE_CHECKING:
+    from blocklayer.api.inspection.report import Inspection
     from blocklayer.api.stream import Stream as AsyncStream
 
 T = TypeVar("T")

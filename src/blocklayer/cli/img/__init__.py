@@ -6,6 +6,9 @@ from typing import Final
 
 _HERE = "blocklayer.cli.img"
 
+OWN: Final = frozenset(("chain", "clone", "inspect"))
+"""Subcommands that the original tool does not have."""
+
 COMMANDS: Final = {
     "amend": f"{_HERE}.amend:Amend",
     "bench": f"{_HERE}.bench:Bench",

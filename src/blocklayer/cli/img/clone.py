@@ -25,8 +25,8 @@ _NUMBER = re.compile(r"\{(?::0?(\d{1,2}))?\}")
 class Clone(Command):
     """Make qcow2 overlays of an image, as many as wanted
 
-    The clones are named one by one, or counted: with --count 3 --pattern 'vm-{:03}.qcow2'
-    they are vm-000.qcow2, vm-001.qcow2 and vm-002.qcow2.
+    The clones are named one by one, or counted: with --count 3 --pattern
+    'vm-{:03}.qcow2' they are vm-000.qcow2, vm-001.qcow2 and vm-002.qcow2.
     """
 
     OPERANDS = (
