@@ -53,9 +53,7 @@ def covered(bitmap: DirtyBitmap) -> set[int]:
 def granules(sectors: set[int], granularity: int, size: int) -> set[int]:
     """All sectors of the granules that ``sectors`` are in."""
     per = granularity // 512
-    whole = {
-        first + at for sector in sectors for first in [sector // per * per] for at in range(per)
-    }
+    whole = {first + at for sector in sectors for first in [sector // per * per] for at in range(per)}
     return {sector for sector in whole if sector * 512 < size}
 
 
