@@ -6,6 +6,7 @@
     with blocklayer.open("new.qcow2", writable=True) as disk:
         disk.write(0, b"hello")
         print(disk.read(0, 5), [extent.depth for extent in disk.map()])
+    blocklayer.convert("new.qcow2", "copy.qcow2", compress=True, progress=print)
 
 The same for asyncio is in ``blocklayer.aio``. Names are loaded when first used, so that importing
 the package costs next to nothing.
@@ -16,20 +17,41 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blocklayer.api import disk as aio
-    from blocklayer.api.sync import Disk, create, open, stream
-    from blocklayer.errors import BlockError
+    from blocklayer.api import aio
+    from blocklayer.api.cancellation import Cancellation
+    from blocklayer.api.sync import Disk, commit, compare, convert, create, open, rebase, stream
+    from blocklayer.errors import BlockError, CancelledError
     from blocklayer.graph.gate import Policy
 
 __version__ = "0.1.0"
-__all__ = ["BlockError", "Disk", "Policy", "aio", "create", "open", "stream"]
+__all__ = [
+    "BlockError",
+    "Cancellation",
+    "CancelledError",
+    "Disk",
+    "Policy",
+    "aio",
+    "commit",
+    "compare",
+    "convert",
+    "create",
+    "open",
+    "rebase",
+    "stream",
+]
 
 _HOMES = {
     "BlockError": "blocklayer.errors",
+    "Cancellation": "blocklayer.api.cancellation",
+    "CancelledError": "blocklayer.errors",
     "Disk": "blocklayer.api.sync",
     "Policy": "blocklayer.graph.gate",
+    "commit": "blocklayer.api.sync",
+    "compare": "blocklayer.api.sync",
+    "convert": "blocklayer.api.sync",
     "create": "blocklayer.api.sync",
     "open": "blocklayer.api.sync",
+    "rebase": "blocklayer.api.sync",
     "stream": "blocklayer.api.sync",
 }
 
@@ -38,7 +60,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     if name == "aio":
-        return importlib.import_module("blocklayer.api.disk")
+        return importlib.import_module("blocklayer.api.aio")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'blocklayer' has no attribute '{name}'")

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from blocklayer.cli import console
-from blocklayer.cli.options import Command, CommandLineError, HelpRequest, help_text, parse
-from blocklayer.cli.options import summary as summary_of
+from blocklayer.cli.options import Command, CommandLineError, HelpRequest, parse
 from blocklayer.errors import BlockError
 
 if TYPE_CHECKING:
@@ -155,15 +154,26 @@ def _run_command(place: str, called: str, arguments: list[str]) -> int:
     command_class = load_command(place)
     try:
         command = parse(command_class, arguments, called)
+        _answer_progress_signal()
         if command.writes:
             return _run_as_task(command)
         return _run_in_place(command)
     except HelpRequest:
+        from blocklayer.cli.help import help_text
+
         console.write(help_text(command_class, called))
         return 0
     except CommandLineError as error:
         error.command = called
         raise
+
+
+def _answer_progress_signal() -> None:
+    """SIGUSR1 asks how far we are, as it does the original tools."""
+    import signal
+
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, console.answer_signal)
 
 
 def _run_in_place(command: Command) -> int:
@@ -215,6 +225,7 @@ def _top_help() -> str:
 
 
 def _group_help(table: dict[str, str]) -> str:
+    from blocklayer.cli.help import summary
     from blocklayer.drivers import REGISTRY
 
     program = console.program
@@ -226,7 +237,7 @@ def _group_help(table: dict[str, str]) -> str:
         f"Recognized commands (run {program} COMMAND --help for command-specific help):",
         "",
     ]
-    lines += [f"  {name} - {summary_of(load_command(place))}" for name, place in table.items()]
+    lines += [f"  {name} - {summary(load_command(place))}" for name, place in table.items()]
     lines += ["", "Supported image formats:", "", f"  {' '.join(sorted(REGISTRY.table))}"]
     return "\n".join([*lines, *_standard_options()])
 

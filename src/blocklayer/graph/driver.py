@@ -120,6 +120,8 @@ class Driver:
 
     zero_alignment: int = 1
     discard_alignment: int = 1
+    request_alignment: int = 1
+    """What offsets and lengths are rounded out to below here: block size of direct I/O."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
