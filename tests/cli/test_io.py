@@ -48,8 +48,8 @@ class Result:
 def _without_times(line: str) -> str:
     line = re.sub(r"^(.* ops;) .*", r"\1 …", line)
     line = re.sub(r"^(\d+,\d+),[\d:]+\.\d\d,.*", r"\1,…", line)
-    # The original shows flags that it does not take (-a); ours does not.
-    return re.sub(r"^(\S+) (?:.* )?-- ", r"\1 … -- ", line)
+    # Flags and summaries of usage lines are in our own words.
+    return re.sub(r"^(\S+) (?:.* )?-- .*", r"\1 …", line)
 
 
 def ours(*arguments: str | Path) -> Result:

@@ -50,7 +50,7 @@ class Cancellation:
 def run_cancellable(
     loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T], token: Cancellation | None
 ) -> T:
-    """The coroutine's result; ``loop`` is not running. Raises CancelledError or KeyboardInterrupt."""
+    """The coroutine's result; ``loop`` is not running. Raises CancelledError, KeyboardInterrupt."""
     token = token or Cancellation()
     task = loop.create_task(coroutine)
     interrupted = False
