@@ -59,7 +59,7 @@ def _entry(head: str, text: str, column: int = _COLUMN) -> list[str]:
     """``head``, and what it means in a column beside it, or below if it is too long."""
     lines = _wrapped(text, column)
     head = f"  {head}"
-    if len(head) + 2 > column:
+    if len(head) >= column:
         return [head, *lines]
     return [head.ljust(column) + lines[0].lstrip(), *lines[1:]]
 

@@ -124,6 +124,45 @@ def _run_place(place: str, arguments: list[str]) -> int:
     if ":" in place:
         return _run_command(place, console.program, arguments)
     table: dict[str, str] = _import(place).COMMANDS
+    traced, arguments = _split_trace(arguments)
+    if traced:
+        from blocklayer.cli import trace
+
+        if trace.is_help(traced):
+            console.write(trace.events_text())
+            return 0
+        with trace.tracing(traced):
+            return _run_subcommand(table, arguments)
+    return _run_subcommand(table, arguments)
+
+
+def _split_trace(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What ``-T`` and ``--trace`` before the subcommand say, and the rest. Raises
+    CommandLineError.
+    """
+    traced: list[str] = []
+    rest = list(arguments)
+    while rest and rest[0][:2] in ("-T", "--"):
+        first = rest[0]
+        name, equals, value = first.partition("=")
+        if first[:2] == "-T" and len(first) > 2:
+            traced.append(rest.pop(0)[2:])
+        elif name == "--trace" and equals:
+            traced.append(value)
+            del rest[0]
+        elif first in ("-T", "--trace"):
+            if len(rest) == 1:
+                short = "option requires an argument -- 'T'"
+                long = "option '--trace' requires an argument"
+                raise CommandLineError(short if first == "-T" else long)
+            traced.append(rest[1])
+            del rest[:2]
+        else:
+            break
+    return traced, rest
+
+
+def _run_subcommand(table: dict[str, str], arguments: list[str]) -> int:
     if not arguments:
         raise CommandLineError("Not enough arguments")
     first, *rest = arguments
@@ -239,7 +278,12 @@ def _group_help(table: dict[str, str]) -> str:
     ]
     lines += [f"  {name} - {summary(load_command(place))}" for name, place in table.items()]
     lines += ["", "Supported image formats:", "", f"  {' '.join(sorted(REGISTRY.table))}"]
-    return "\n".join([*lines, *_standard_options()])
+    trace = [
+        "  -T, --trace TRACE",
+        "     tell what is opened, read and written; TRACE is a pattern",
+    ]
+    trace += ["     of event names ('help' lists them), or PATTERN,events=FILE,file=FILE"]
+    return "\n".join([*lines, *_standard_options()[:-1], *trace, ""])
 
 
 def _standard_options() -> list[str]:
