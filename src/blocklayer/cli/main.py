@@ -278,12 +278,14 @@ def _group_help(table: dict[str, str]) -> str:
     ]
     lines += [f"  {name} - {summary(load_command(place))}" for name, place in table.items()]
     lines += ["", "Supported image formats:", "", f"  {' '.join(sorted(REGISTRY.table))}"]
-    trace = [
-        "  -T, --trace TRACE",
-        "     tell what is opened, read and written; TRACE is a pattern",
-    ]
-    trace += ["     of event names ('help' lists them), or PATTERN,events=FILE,file=FILE"]
-    return "\n".join([*lines, *_standard_options()[:-1], *trace, ""])
+    return "\n".join([*lines, *_standard_options()[:-1], *_TRACE_HELP, ""])
+
+
+_TRACE_HELP = (
+    "  -T, --trace TRACE",
+    "     tell what is opened, read and written; TRACE is a pattern of event names",
+    "     ('help' lists them), or PATTERN,events=FILE,file=FILE",
+)
 
 
 def _standard_options() -> list[str]:

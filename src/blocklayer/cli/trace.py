@@ -25,6 +25,10 @@ from blocklayer.graph.options import parse_pairs
 _MEMBERS = ("enable", "events", "file")
 
 
+_Undo = list[tuple[Any, str, Any]]
+"""Owner, attribute, and what it was before."""
+
+
 class _Event(NamedTuple):
     """An event: what is looked at, and its line, made of what that was called with."""
 
@@ -44,7 +48,9 @@ def _flags(flags: dict[str, Any]) -> str:
 
 
 def _opened(node: Any) -> str:
-    return f'filename "{node.filename}" format_name "{node.driver.NAME}"'
+    path = getattr(node.driver, "filename", None)
+    name = f' filename "{path}"' if path else ""
+    return f'node {node.name}{name} format_name "{node.driver.NAME}"'
 
 
 def _zeroes(node: Any, offset: int, length: int, **flags: Any) -> str:
@@ -131,7 +137,7 @@ def _apply(pattern: str, enabled: set[str]) -> None:
 def tracing(texts: list[str]) -> Iterator[None]:
     """While inside, events are told of as all uses of ``-T`` say."""
     enabled, file = parse_trace(texts)
-    undo: list[tuple[Any, str, Any]] = []
+    undo: _Undo = []
     out: TextIO | None = None
     try:
         if file is not None:
@@ -150,9 +156,7 @@ def tracing(texts: list[str]) -> Iterator[None]:
             out.close()
 
 
-def _look_at(
-    name: str, event: _Event, out: TextIO | None, undo: list[tuple[Any, str, Any]]
-) -> None:
+def _look_at(name: str, event: _Event, out: TextIO | None, undo: _Undo) -> None:
     def say(line: str) -> None:
         stream = out or sys.stderr
         stream.write(f"{name} {line}\n")
@@ -176,9 +180,7 @@ def _look_at(
     setattr(owner, attribute, told)
 
 
-def _look_at_bulk(
-    event: _Event, say: Callable[[str], None], undo: list[tuple[Any, str, Any]]
-) -> None:
+def _look_at_bulk(event: _Event, say: Callable[[str], None], undo: _Undo) -> None:
     """The methods of what ``thread_safe_io`` answers."""
     from blocklayer.drivers.file import FileDriver
 
@@ -191,7 +193,7 @@ def _look_at_bulk(
         return None if found is None else _Told(found, attribute, driver, event, say)
 
     undo.append((FileDriver, "thread_safe_io", original))
-    FileDriver.thread_safe_io = told  # type: ignore[method-assign]
+    setattr(FileDriver, "thread_safe_io", told)  # noqa: B010 - mypy knows what a method is
 
 
 class _Told:

@@ -149,7 +149,7 @@ class Convert(Command):
     ] = False
     copy_range_offloading: Annotated[
         bool,
-        Option("let the kernel copy: it does wherever it can, with or without this", "C"),
+        Option("taken for old scripts: data goes through memory with or without it", "C"),
     ] = False
     salvage: Annotated[bool, Option("take what cannot be read for zeros, and go on")] = False
 
