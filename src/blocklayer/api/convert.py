@@ -52,7 +52,8 @@ async def convert(
     filename, graph = os.fspath(target), Graph(REGISTRY, policy)
     if not names:
         raise UsageError("There is no source to convert")
-    if backing is not None and len(names) > 1:
+    overlay = backing is not None or bool(options.get("backing_file"))
+    if overlay and len(names) > 1:
         raise UsageError("An overlay of a backing image can be made of one source only")
     if compress and not job.supports_compression(REGISTRY.load(format)):
         raise UsageError(f"Format '{format}' does not support compression")
@@ -89,7 +90,7 @@ async def convert(
                     roots,
                     disk.root,
                     copy,
-                    top_only=backing is not None,
+                    top_only=overlay,
                     progress=reporter(progress, size),
                 )
                 await disk.flush()

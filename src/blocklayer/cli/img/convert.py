@@ -198,6 +198,12 @@ class Convert(Command):
             graph=graph,
         )
 
+    @property
+    def _makes_overlay(self) -> bool:
+        """Whether the target gets a backing file, by ``-B`` or among its format's options."""
+        options = parse_options(self.target_options) or {}
+        return bool(self.backing is not None or options.get("backing_file"))
+
     def left_behind(self) -> str:
         return self.unfinished.left if self.unfinished else ""
 
@@ -253,7 +259,7 @@ class Convert(Command):
             raise UsageError("Use of --skip-broken-bitmaps requires --bitmaps")
         if self.bitmaps and len(names) > 1:
             raise UsageError("Copying bitmaps only possible with single source")
-        if self.backing is not None and len(names) > 1:
+        if self._makes_overlay and len(names) > 1:
             raise UsageError(
                 "Having a backing file for the target makes no sense when concatenating multiple "
                 "input images"
@@ -371,7 +377,7 @@ class Convert(Command):
                 roots,
                 target.root,
                 options,
-                top_only=self.backing is not None,
+                top_only=self._makes_overlay,
                 progress=lambda done: progress.update(done, total),
             )
             progress.update(total, total)
