@@ -75,7 +75,7 @@ def test_commit(folder: Path, qemu_img: Oracle) -> None:
     kept = blocklayer.commit("top.qcow2", base="base.qcow2")
     assert (kept.base, kept.emptied) == ("base.qcow2", False)
     qemu_img("compare", "base.qcow2", "before.raw")
-    with pytest.raises(blocklayer.BlockError, match="no such image|Did not find"):
+    with pytest.raises(blocklayer.BlockError, match="Did not find"):
         blocklayer.commit("top.qcow2", base="gone.qcow2")
 
 

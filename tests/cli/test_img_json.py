@@ -54,7 +54,8 @@ RESULTS: list[tuple[str, type[Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("line", "kind", "members"), RESULTS)
 def test_results(line: str, kind: type[Any], members: dict[str, Any], images: Path) -> None:
-    found = ours(f"{line} --output=json", images)
+    name, _, rest = line.partition(" ")
+    found = ours(f"{name} --output=json {rest}", images)
     assert (found.code, found.err) == (0, "")
     decoded = msgspec.json.decode(found.out, type=kind)
     for name, value in members.items():

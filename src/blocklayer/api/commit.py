@@ -88,7 +88,10 @@ async def commit_image(
         held = Root(node, "commit", taken, write_through=top.root.write_through)
         try:
             copy = CopyOptions(bytes_per_s=rate)
-            done = await commit_roots(top.root, held, copy, progress=progress(top.size))
+            told = progress(top.size)
+            done = await commit_roots(top.root, held, copy, progress=told)
+            if told is not None:
+                told(top.size)
             if emptied := base is None and not keep:
                 await empty(top.root)
             return Committed(

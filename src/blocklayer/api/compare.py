@@ -54,6 +54,8 @@ async def compare_disks(
 ) -> Compared:
     """The same for open disks; ``progress`` gets the bytes done."""
     verdict = await compare_roots(one.root, other.root, strict=strict, progress=progress)
+    if progress is not None:
+        progress(max(one.size, other.size))
     found = verdict.difference
     return Compared(
         identical=found is None,

@@ -20,6 +20,7 @@ from blocklayer.drivers import REGISTRY
 from blocklayer.errors import UsageError
 from blocklayer.graph.gate import Policy
 from blocklayer.graph.graph import Graph
+from blocklayer.graph.root import Root
 from blocklayer.jobs import convert as job
 from blocklayer.jobs.copying import CopyOptions
 
@@ -70,14 +71,14 @@ async def convert(
             for name in names
         ]
         roots = [disk.root for disk in disks]
-        size = job.total_size(roots)
+        told = reporter(progress, size)
         check_distinct(roots, filename)
         made = await create_target(
             graph,
             filename,
             format,
             options,
-            size,
+            job.total_size(roots),
             f"converting {format}",
             backing=None if backing is None else os.fspath(backing),
             backing_format=backing_format,
@@ -86,15 +87,25 @@ async def convert(
             async with await Disk.open(filename, format=format, writable=True, graph=graph) as disk:
                 mode = str(getattr(made, "preallocation", "off"))
                 copy.zeros_known = job.reads_zero_when_new(disk.root.node, mode)
-                covered = await job.convert(
-                    roots,
-                    disk.root,
-                    copy,
-                    top_only=overlay,
-                    progress=reporter(progress, size),
-                )
-                await disk.flush()
-                return converted(disk, filename, covered)
+                return await _fill(disk, filename, roots, copy, progress, top_only=overlay)
+
+
+async def _fill(
+    target: Disk,
+    filename: str,
+    sources: Sequence[Root],
+    copy: CopyOptions,
+    progress: Callable[[Progress], None] | None,
+    *,
+    top_only: bool,
+) -> Converted:
+    size = job.total_size(sources)
+    told = reporter(progress, size)
+    covered = await job.convert(sources, target.root, copy, top_only=top_only, progress=told)
+    await target.flush()
+    if told is not None:
+        told(size)
+    return converted(target, filename, covered)
 
 
 def converted(target: Disk, filename: str, covered: int) -> Converted:

@@ -73,6 +73,8 @@ async def rebase_disk(
         await change_backing(overlay.root, reference)
     except BlockError as error:
         raise error.reworded(_refusal(new, str(error))) from error
+    if progress is not None:
+        progress(overlay.size)
     return Rebased(
         filename=overlay.root.node.filename,
         backing_filename=reference.filename if reference else None,

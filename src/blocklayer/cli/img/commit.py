@@ -71,7 +71,6 @@ class Commit(Copying):
                 rate=0 if self.rate is None else size_argument(self.rate, "rate limit"),
                 progress=told,
             )
-            progress.update(1, 1)
         if self.output == "json":
             say_result(result)
         elif not self.quiet:

@@ -105,7 +105,6 @@ class Compare(Command):
                 strict=self.strict,
                 progress=lambda done: progress.update(done, total),
             )
-            progress.update(total, total)
         if self.output == "json":
             say_result(found)
         elif not self.quiet:

@@ -73,7 +73,6 @@ class Rebase(Copying):
             total = overlay.size
             with console.Progress(self.progress_style) as progress:
                 result = await rebase_disk(overlay, new, lambda done: progress.update(done, total))
-                progress.update(total, total)
         if self.output == "json":
             say_result(result)
         return 0
