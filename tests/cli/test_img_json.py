@@ -18,6 +18,7 @@ from blocklayer.api.check import ImageCheck
 from blocklayer.api.progress import Progress
 from blocklayer.cli.img import COMMANDS
 from blocklayer.cli.main import load_command
+from blocklayer.graph.dirty_bitmap import BlockDirtyInfo
 from blocklayer.graph.driver import Measurement, SnapshotInfo
 from cli.runs import ours
 from oracles import Oracle
@@ -47,6 +48,7 @@ RESULTS: list[tuple[str, type[Any], dict[str, Any]]] = [
     ("snapshot -l a.qcow2", list[SnapshotInfo], {}),
     ("amend -o lazy_refcounts=on a.qcow2", results.Amended, {"options": {"lazy_refcounts": "on"}}),
     ("bench -c 10 -d 2 a.qcow2", results.Benched, {"count": 10, "depth": 2, "write": False}),
+    ("bitmap --add a.qcow2 monday", list[BlockDirtyInfo], {}),
     ("check a.qcow2", ImageCheck, {"check_errors": 0}),
     ("measure -O qcow2 --size 1G", Measurement, {"required": 393216}),
 ]

@@ -71,7 +71,6 @@ async def convert(
             for name in names
         ]
         roots = [disk.root for disk in disks]
-        told = reporter(progress, size)
         check_distinct(roots, filename)
         made = await create_target(
             graph,
