@@ -65,7 +65,8 @@ GOOD: list[tuple[list[str], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("arguments", "fields"), GOOD)
 def test_understood(arguments: list[str], fields: dict[str, Any]) -> None:
-    assert parse(Sample, arguments, "tool sample") == Sample(**fields)
+    found = parse(Sample, arguments, "tool sample")
+    assert msgspec.structs.replace(found, uses=[]) == Sample(**fields)
 
 
 BAD = [
@@ -98,8 +99,8 @@ def test_help_is_asked_for(arguments: list[str]) -> None:
 
 
 def test_a_last_number_may_be_negative_where_that_is_declared() -> None:
-    arguments = ["-q", "x", "-1M"]
-    assert parse(Sized, arguments, "tool sized") == Sized(flag=True, operands=["x", "-1M"])
+    found = parse(Sized, ["-q", "x", "-1M"], "tool sized")
+    assert (found.flag, found.operands) == (True, ["x", "-1M"])
     with pytest.raises(CommandLineError, match="invalid option -- '1'"):
         parse(Sized, ["-1M", "x"], "tool sized")
 
