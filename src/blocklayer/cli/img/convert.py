@@ -60,7 +60,10 @@ class Convert(Command):
     OPERANDS = (
         ("SRC_FILENAME", "the image to copy; - reads a raw image from standard input"),
         ("[SRC_FILENAME2…]", "further sources, which follow the first"),
-        ("TGT_FILENAME", "the image to make; - writes a raw, qcow2 or vmdk image to standard output"),
+        (
+            "TGT_FILENAME",
+            "the image to make; - writes a raw, qcow2 or vmdk image to standard output",
+        ),
     )
     EXAMPLE = ("-p -c -O qcow2 disk.raw small.qcow2", "a compressed copy, with progress shown")
 
