@@ -7,7 +7,9 @@
     ├── UnsupportedError       valid, but this driver or this image cannot do it
     ├── FormatError            the image's structure is invalid where it was read
     │   └── CorruptionError    metadata contradicts itself; the image was, or should be, marked
-    corrupt └── StorageError           the host refused: errno kept (EIO, ENOSPC, ENOENT, …)
+    corrupt
+    ├── CancelledError         the caller called a long operation off
+    └── StorageError           the host refused: errno kept (EIO, ENOSPC, ENOENT, …)
 
 1. A message names the file or node, the offset in hex where there is one, and what to do next if
    that is known.
@@ -52,6 +54,12 @@ class UnsupportedError(BlockError):
     """A valid request that this driver, version or image cannot carry out."""
 
     errno = _errno.ENOTSUP
+
+
+class CancelledError(BlockError):
+    """The caller called the operation off; what it leaves is what the operation's own page says."""
+
+    errno = _errno.ECANCELED
 
 
 class FormatError(BlockError):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 
+import msgspec
 import pytest
 
+from blocklayer.api.progress import Progress
 from blocklayer.cli import console
 
 
@@ -47,8 +48,14 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.count("100.00 %") == 1
 
 
-def test_json_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = [json.loads(line) for line in shown("json", Terminal(), monkeypatch).splitlines()]
-    assert steps[0] == {"done": 0, "total": 1, "percent": 0.0}
-    assert steps[-1] == {"done": 1000, "total": 1000, "percent": 100.0}
-    assert [step["percent"] for step in steps] == sorted(step["percent"] for step in steps)
+def test_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.Progress("json") as progress:
+        for done in range(0, 1001):
+            progress.update(done, 1000)
+    told = capsys.readouterr()
+    assert told.out == ""
+    steps = msgspec.json.Decoder(Progress).decode_lines(told.err)
+    assert (steps[-1].done, steps[-1].total, steps[-1].percent) == (1000, 1000, 100.0)
+    assert [step.done for step in steps] == sorted({step.done for step in steps})
+    assert steps[-1].rate > 0
+    assert steps[-1].eta == 0.0

@@ -48,8 +48,8 @@ class Result:
 def _without_times(line: str) -> str:
     line = re.sub(r"^(.* ops;) .*", r"\1 …", line)
     line = re.sub(r"^(\d+,\d+),[\d:]+\.\d\d,.*", r"\1,…", line)
-    # The original shows flags that it does not take (-a); ours does not.
-    return re.sub(r"^(\S+) (?:.* )?-- ", r"\1 … -- ", line)
+    # Flags and summaries of usage lines are in our own words.
+    return re.sub(r"^(\S+) (?:.* )?-- .*", r"\1 …", line)
 
 
 def ours(*arguments: str | Path) -> Result:
@@ -286,6 +286,53 @@ SCRIPTS = {
         w 1 1
         read -v 95 20
         map
+    """,
+    "special storage": """
+        break read_aio A
+        break nosuch A
+        break A
+        remove_break A
+        remove_break
+        resume A
+        resume A B
+        wait_break
+        zone_report 0 1
+        zone_report x 1
+        zone_report 1
+        zone_open 0 1
+        zone_close 0 1
+        zone_finish 0 1
+        zone_reset 0 1
+        zone_reset 0 x
+        zone_append 0 512
+        zone_append 0 512 512
+        zone_append 0 512 512 512
+        zone_append 0 512 512 512 512
+        zo 0 1
+        zc 0 1
+        zf 0 1
+        zrs 0 1
+        zrp 0 1
+        zap 0 512 512
+    """,
+    "VM state": """
+        write -b 0 100
+        write -b 100 512
+        read -b 0 100
+        write -bf 0 64k
+        write -bz 0 64k
+        write -bu 0 512
+        write -b 0 3G
+        write -bP 7 0 512
+        read -bP 7 0 512
+        read -bP 7 -l 512 0 1k
+        write -bc 64k 64k
+        read -b -P 0xcd 64k 64k
+        read -b -v 496k 512
+        write -bC 0 1k
+        write -bq 0 1k
+        map
+        info
     """,
     "asynchronous": """
         aio_write -P 5 0 64k

@@ -49,9 +49,9 @@ def end_halfway(arguments: list[str], folder: Path, with_signal: int) -> tuple[i
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if '"done": 0,' not in line:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if '"done":0,' not in line:
                 break
         process.send_signal(with_signal)
         _, said = process.communicate(timeout=60)

@@ -28,8 +28,11 @@ from blocklayer.graph.root import Root
 from blocklayer.units import parse_size
 
 if TYPE_CHECKING:
+    from blocklayer.api.check import ImageCheck
+    from blocklayer.api.info import ImageInfo
     from blocklayer.api.inspection.report import Inspection
     from blocklayer.api.stream import Stream
+    from blocklayer.graph.driver import Measurement
 
 Image = str | os.PathLike[str] | Mapping[str, Any]
 """A file name, a ``json:{…}`` name, a URI, or a dict of ``blockdev-add`` options."""
@@ -170,6 +173,30 @@ class Disk:
         Raises UsageError or UnsupportedError before anything has changed.
         """
         await amend(self.root, options, progress)
+
+    def info(self, *, limits: bool = False) -> ImageInfo:
+        """What the image is: everything but guest data; ``limits`` adds what requests it likes."""
+        from blocklayer.api.info import image_info
+
+        return image_info(self.root.node, limits=limits)
+
+    async def check(self, *, repair: str | None = None) -> ImageCheck:
+        """Whether the metadata is sound; ``repair`` "leaks" or "all" mends it. Open it for that
+        with ``repair=True``. Raises UnsupportedError for a format without checks.
+        """
+        from blocklayer.api.check import REPAIRS, check_image
+
+        if repair not in (None, *REPAIRS):
+            raise UsageError(f"Invalid repair '{repair}': use one of {', '.join(REPAIRS)}")
+        return await check_image(self.root.node, repair=repair)
+
+    async def measure(self, format: str, **options: Any) -> Measurement:
+        """How large the file of a new image of ``format`` with this disk's contents would be;
+        ``options`` go by the names of ``-o``.
+        """
+        from blocklayer.api.measure import decode_options, measure
+
+        return await measure(format, decode_options(format, options), source=self)
 
     def snapshots(self) -> list[SnapshotInfo]:
         """The internal snapshots, oldest first."""

@@ -6,6 +6,8 @@ kebab-case; what is not known is None and left out.
 
 from __future__ import annotations
 
+import mmap
+
 import msgspec
 
 from blocklayer.errors import UsageError
@@ -13,6 +15,7 @@ from blocklayer.graph.child import Role
 from blocklayer.graph.driver import FormatDriver, SnapshotInfo
 from blocklayer.graph.filename import resolve_relative, storage_of
 from blocklayer.graph.node import Node
+from blocklayer.units import SECTOR
 
 
 class SpecificInfo(msgspec.Struct, frozen=True):
@@ -33,11 +36,26 @@ class ImageInfo(msgspec.Struct, kw_only=True, rename="kebab", omit_defaults=True
     cluster_size: int | None = None
     format: str
     actual_size: int | None = None
+    limits: LimitsInfo | None = None
     format_specific: SpecificInfo | None = None
     encrypted: bool | None = None
     full_backing_filename: str | None = None
     backing_filename: str | None = None
     dirty_flag: bool | None = None
+
+
+class LimitsInfo(msgspec.Struct, kw_only=True, rename="kebab", omit_defaults=True):
+    """What requests a node takes well: QEMU's ``BlockLimitsInfo``. All but ``max_iov`` in bytes.
+
+    Requests of any alignment and length are taken; these are what they are made of on the way.
+    """
+
+    request_alignment: int
+    discard_alignment: int | None = None
+    write_zeroes_alignment: int | None = None
+    max_iov: int
+    min_mem_alignment: int
+    opt_mem_alignment: int
 
 
 class ChildInfo(msgspec.Struct, frozen=True):
@@ -47,12 +65,12 @@ class ChildInfo(msgspec.Struct, frozen=True):
     info: ImageInfo
 
 
-def image_info(node: Node) -> ImageInfo:
-    """Everything that can be told of ``node`` without reading guest data."""
+def image_info(node: Node, *, limits: bool = False) -> ImageInfo:
+    """Everything that can be told of ``node`` without reading guest data, ``limits`` on request."""
     driver = node.driver
     info = ImageInfo(
         children=[
-            ChildInfo(name, image_info(edge.node))
+            ChildInfo(name, image_info(edge.node, limits=limits))
             # The newest child first, as QEMU's tools list them.
             for name, edge in reversed(node.children.items())
             if edge.role in (Role.STORAGE, Role.FILTERED)
@@ -62,6 +80,8 @@ def image_info(node: Node) -> ImageInfo:
         format=driver.NAME,
         actual_size=allocated_size(node),
     )
+    if limits:
+        info.limits = _limits(node)
     specific = driver.specific_info()
     if specific is not None:
         info.format_specific = SpecificInfo(driver.NAME, specific)
@@ -82,6 +102,33 @@ def image_info(node: Node) -> ImageInfo:
             # The image has no folder of its own; then nobody can tell where its backing file is.
             info.full_backing_filename = None
     return info
+
+
+_MAX_IOV = 1024
+"""The most buffers that one call to the kernel takes (IOV_MAX of Linux)."""
+
+
+def _limits(node: Node) -> LimitsInfo:
+    driver, request = node.driver, node.driver.request_alignment
+    memory = _memory_alignment(node)
+    return LimitsInfo(
+        request_alignment=request,
+        discard_alignment=driver.discard_alignment if driver.discard_alignment > request else None,
+        write_zeroes_alignment=driver.zero_alignment if driver.zero_alignment > request else None,
+        max_iov=_MAX_IOV,
+        min_mem_alignment=max(memory, SECTOR),
+        opt_mem_alignment=max(memory, mmap.PAGESIZE),
+    )
+
+
+def _memory_alignment(node: Node) -> int:
+    """What buffers must be aligned to for no storage below to copy them first."""
+    below = [
+        _memory_alignment(edge.node)
+        for edge in node.children.values()
+        if edge.role is not Role.BACKING
+    ]
+    return max([node.driver.request_alignment, *below])
 
 
 def allocated_size(node: Node) -> int | None:

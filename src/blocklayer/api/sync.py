@@ -1,7 +1,8 @@
 """Disks for synchronous callers: the same coroutines, driven in place.
 
 1. A request that need not wait costs no loop and no thread: its coroutine runs to its end in place.
-2. One loop, made when first needed, serves all synchronous disks of a process; a lock lets one
+2. Operations that may take long can be called off (``cancel=``, Ctrl-C): see ``cancellation``.
+3. One loop, made when first needed, serves all synchronous disks of a process; a lock lets one
    thread at a time drive it.
 """
 
@@ -10,20 +11,25 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from blocklayer.api import disk as aio
 from blocklayer.api.bitmaps import Bitmaps as AsyncBitmaps
+from blocklayer.api.cancellation import Cancellation, run_cancellable
 from blocklayer.api.map import MapEntry
 from blocklayer.graph import waiting
 from blocklayer.graph.dirty_bitmap import BlockDirtyInfo
 from blocklayer.graph.driver import Buffer, SnapshotInfo
 
 if TYPE_CHECKING:
+    from blocklayer.api.check import ImageCheck
+    from blocklayer.api.info import ImageInfo
     from blocklayer.api.inspection.report import Inspection
+    from blocklayer.api.results import Committed, Compared, Converted, Rebased
     from blocklayer.api.stream import Stream as AsyncStream
+    from blocklayer.graph.driver import Measurement
 
 T = TypeVar("T")
 
@@ -39,14 +45,23 @@ class _Driver:
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """The coroutine's result."""
         with self._lock:
-            if self._loop is None or self._pid != os.getpid():
-                # A loop inherited over fork() would share its epoll descriptor with the parent.
-                self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
-            return waiting.run(coroutine, self._loop)
+            return waiting.run(coroutine, self._own_loop())
+
+    def run_long(self, coroutine: Coroutine[Any, Any, T], cancel: Cancellation | None) -> T:
+        """The result of a coroutine that can be called off."""
+        with self._lock:
+            return run_cancellable(self._own_loop(), coroutine, cancel)
+
+    def _own_loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None or self._pid != os.getpid():
+            # A loop inherited over fork() would share its epoll descriptor with the parent.
+            self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
+        return self._loop
 
 
 _driver = _Driver()
 run = _driver.run
+run_long = _driver.run_long
 
 
 class Bitmaps:
@@ -153,6 +168,22 @@ class Disk:
         """Drop the internal snapshot of this id or, if there is none, of this name."""
         run(self.aio.delete_snapshot(snapshot))
 
+    def amend(self, *, cancel: Cancellation | None = None, **options: Any) -> None:
+        """Change what the image is; ``options`` go by the names of ``amend -o``."""
+        run_long(self.aio.amend(**options), cancel)
+
+    def info(self, *, limits: bool = False) -> ImageInfo:
+        """What the image is: everything but guest data."""
+        return self.aio.info(limits=limits)
+
+    def check(self, *, repair: str | None = None, cancel: Cancellation | None = None) -> ImageCheck:
+        """Whether the metadata is sound; ``repair`` "leaks" or "all" mends it."""
+        return run_long(self.aio.check(repair=repair), cancel)
+
+    def measure(self, format: str, **options: Any) -> Measurement:
+        """How large the file of a new image of ``format`` with this disk's contents would be."""
+        return run(self.aio.measure(format, **options))
+
     def map(self, offset: int = 0, length: int | None = None) -> Iterator[MapEntry]:
         """Where the bytes of ``[offset, offset + length)`` live, run by run."""
         entries = self.aio.map(offset, length)
@@ -242,3 +273,41 @@ def clone(
     as for ``blocklayer.aio.clone``.
     """
     return run(aio.clone(base, *names, **options))
+
+
+def convert(
+    sources: aio.Image | Sequence[aio.Image],
+    target: str | os.PathLike[str],
+    *,
+    cancel: Cancellation | None = None,
+    **options: Any,
+) -> Converted:
+    """Make ``target`` hold what ``sources`` do; ``options`` as for ``blocklayer.aio.convert``."""
+    from blocklayer.api.convert import convert
+
+    return run_long(convert(sources, target, **options), cancel)
+
+
+def commit(image: aio.Image, *, cancel: Cancellation | None = None, **options: Any) -> Committed:
+    """Write an overlay into a base; ``options`` as for ``blocklayer.aio.commit``."""
+    from blocklayer.api.commit import commit
+
+    return run_long(commit(image, **options), cancel)
+
+
+def rebase(
+    image: aio.Image, backing: str | None, *, cancel: Cancellation | None = None, **options: Any
+) -> Rebased:
+    """Put an overlay on another backing file; ``options`` as for ``blocklayer.aio.rebase``."""
+    from blocklayer.api.rebase import rebase
+
+    return run_long(rebase(image, backing, **options), cancel)
+
+
+def compare(
+    one: aio.Image, other: aio.Image, *, cancel: Cancellation | None = None, **options: Any
+) -> Compared:
+    """Whether two disks hold the same; ``options`` as for ``blocklayer.aio.compare``."""
+    from blocklayer.api.compare import compare
+
+    return run_long(compare(one, other, **options), cancel)

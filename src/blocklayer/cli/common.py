@@ -11,30 +11,91 @@ import errno
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+import msgspec
+
 from blocklayer.api.disk import CACHE_MODES, Disk
 from blocklayer.cli import console
-from blocklayer.cli.options import CommandLineError, Option
+from blocklayer.cli.options import Command, CommandLineError, Option
 from blocklayer.errors import BlockError, FormatError, UnsupportedError, UsageError
 from blocklayer.graph.graph import Graph
 from blocklayer.graph.node import Node
 from blocklayer.graph.options import parse_pairs, unflatten
 from blocklayer.units import MAX_SIZE, parse_size
 
-Format = Annotated[str | None, Option("format of the image, else it is guessed", "f", "FMT")]
+OPENING = "Opening images"
+"""The headline in help texts for options about how images are opened."""
+
+Format = Annotated[
+    str | None, Option("format of the image, else it is guessed", "f", "FMT", group=OPENING)
+]
 ImageOpts = Annotated[
-    bool, Option("FILENAME is a complete image specification (incompatible with --format)")
+    bool,
+    Option(
+        "FILENAME is a list of options, driver=…,file.filename=… (incompatible with --format)",
+        group=OPENING,
+    ),
 ]
 ForceShare = Annotated[
-    bool, Option("open the image in shared mode, even while others write to it", "U")
-]
-Quiet = Annotated[bool, Option("print errors only", "q")]
+    bool,
+    Option("open the image although others write to it; what is read may be stale", "U",
+           group=OPENING),
+]  # fmt: skip
+Quiet = Annotated[bool, Option("print errors only", "q", group="Output")]
 Output = Annotated[
-    str, Option("output format (default human)", value="human|json", choices=("human", "json"))
+    str,
+    Option(
+        "print the result for people or as JSON (default human)",
+        value="human|json",
+        choices=("human", "json"),
+        group="Output",
+    ),
 ]
 ProgressStyle = Annotated[
     str | None,
-    Option("show progress; as one JSON line a step with =json", "p", "json", implied="bar"),
+    Option(
+        "show progress; with =json one object a line on standard error",
+        "p",
+        "json",
+        implied="bar",
+        group="Output",
+    ),
 ]
+
+
+def cache_option(letter: str, default: str = "writeback", what: str = "") -> Option:
+    """``-t`` or ``-T``; ``what`` says of which images, where that must be said."""
+    text = f"cache mode{what}: {', '.join(CACHE_MODES)} (default {default})"
+    return Option(text, letter, "MODE", group=OPENING)
+
+
+Cache = Annotated[str, cache_option("t")]
+ReadCache = Annotated[str, cache_option("T")]
+Rate = Annotated[str | None, Option("move so many bytes a second at most", "r", "RATE",
+                                    also=("rate-limit",))]  # fmt: skip
+
+
+class Copying(Command, kw_only=True):
+    """What the commands have in common that write into an existing image of a chain."""
+
+    quiet: Quiet = False
+    output: Output = "human"
+    progress: ProgressStyle = None
+    format: Format = None
+    image_opts: ImageOpts = False
+    cache: Cache = "writeback"
+
+    @property
+    def progress_style(self) -> str | None:
+        """``--progress``, which ``--quiet`` silences."""
+        return None if self.quiet else self.progress
+
+
+def say_result(result: Any) -> None:
+    """A typed result, or several, as JSON on standard output."""
+    from blocklayer.cli.json_text import pretty
+
+    console.say(pretty(msgspec.to_builtins(result)))
+
 
 FILENAME = ("FILENAME", "image file name (or specification with --image-opts)")
 

@@ -2,14 +2,21 @@
 
 1. Every line on standard error starts with the name the program was called by.
 2. Progress is a bar on a terminal; elsewhere, and for a program called by an original tool's name,
-   it is that tool's own ``(12.34/100%)``; as ``json`` it is one JSON line a step.
+   it is that tool's own ``(12.34/100%)``. As ``json`` it is one object a line, on standard error,
+   so that standard output has the result only.
+3. Whoever asks by a signal gets one line at once, on standard error, whatever the style.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
+import msgspec
+
+from blocklayer.api.progress import Meter
+from blocklayer.api.progress import Progress as ProgressReport
 from blocklayer.errors import StorageError
 
 program = "blk"
@@ -81,22 +88,30 @@ class Progress:
         output = sys.stderr if aside else sys.stdout
         if style == "bar" and (program.startswith("qemu-") or not output.isatty()):
             self._style = "percent"
+        self._meter = Meter(_say_json) if style == "json" else None
         self._shown = -1.0
         self._drawn_s = 0.0
+        self.fraction = 0.0
+        """What part is finished, 0 to 1."""
 
     def __enter__(self) -> Progress:
-        self.update(0, 1)
+        _running.append(self)
+        if self._meter is None:
+            self.update(0, 1)
         return self
 
     def __exit__(self, *failure: object) -> None:
+        _running.remove(self)
         if self._style in ("bar", "percent"):
             self._show("\n")
 
     def update(self, done: int, total: int) -> None:
         """``done`` of ``total`` bytes (or other units) are finished."""
-        if self._style is None:
+        self.fraction = fraction = min(1.0, done / total) if total else 1.0
+        if self._meter is not None:
+            self._meter.update(done, total)
+        if self._style not in ("bar", "percent"):
             return
-        fraction = min(1.0, done / total) if total else 1.0
         now_s = time.monotonic()
         complete = fraction == 1.0 and self._shown != 1.0
         if self._style == "bar":
@@ -106,7 +121,7 @@ class Progress:
         if not (due or complete or self._shown < 0):
             return
         self._shown, self._drawn_s = fraction, now_s
-        self._show(self._line(fraction, done, total))
+        self._show(self._line(fraction))
 
     def _show(self, text: str) -> None:
         if self._aside:
@@ -116,11 +131,23 @@ class Progress:
         write(text)
         flush()
 
-    def _line(self, fraction: float, done: int, total: int) -> str:
+    def _line(self, fraction: float) -> str:
         percent = fraction * 100
-        if self._style == "json":
-            return f'{{"done": {done}, "total": {total}, "percent": {percent:.2f}}}\n'
         if self._style == "percent":
             return f"    ({percent:3.2f}/100%)\r"
         filled = int(fraction * _BAR_WIDTH)
         return f"\r{'█' * filled}{'░' * (_BAR_WIDTH - filled)} {percent:6.2f} %"
+
+
+_running: list[Progress] = []
+
+
+def _say_json(report: ProgressReport) -> None:
+    complain(msgspec.json.encode(report).decode())
+
+
+def answer_signal(*received: object) -> None:
+    """Say how far the running command is: a signal handler."""
+    if _running:
+        # Past sys.stderr's buffer, which the signal may have interrupted in the middle of a line.
+        os.write(2, f"    ({_running[-1].fraction * 100:3.2f}/100%)\n".encode())

@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from blocklayer.cli import console
-from blocklayer.cli.options import Command, CommandLineError, HelpRequest, help_text, parse
-from blocklayer.cli.options import summary as summary_of
+from blocklayer.cli.options import Command, CommandLineError, HelpRequest, parse
 from blocklayer.errors import BlockError, UsageError
 from blocklayer.graph.gate import Policy, default_policy, set_default_policy
 
@@ -166,6 +165,45 @@ def _run_place(place: str, arguments: list[str]) -> int:
     if ":" in place:
         return _run_command(place, console.program, arguments)
     table: dict[str, str] = _import(place).COMMANDS
+    traced, arguments = _split_trace(arguments)
+    if traced:
+        from blocklayer.cli import trace
+
+        if trace.is_help(traced):
+            console.write(trace.events_text())
+            return 0
+        with trace.tracing(traced):
+            return _run_subcommand(table, arguments)
+    return _run_subcommand(table, arguments)
+
+
+def _split_trace(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What ``-T`` and ``--trace`` before the subcommand say, and the rest. Raises
+    CommandLineError.
+    """
+    traced: list[str] = []
+    rest = list(arguments)
+    while rest and rest[0][:2] in ("-T", "--"):
+        first = rest[0]
+        name, equals, value = first.partition("=")
+        if first[:2] == "-T" and len(first) > 2:
+            traced.append(rest.pop(0)[2:])
+        elif name == "--trace" and equals:
+            traced.append(value)
+            del rest[0]
+        elif first in ("-T", "--trace"):
+            if len(rest) == 1:
+                short = "option requires an argument -- 'T'"
+                long = "option '--trace' requires an argument"
+                raise CommandLineError(short if first == "-T" else long)
+            traced.append(rest[1])
+            del rest[:2]
+        else:
+            break
+    return traced, rest
+
+
+def _run_subcommand(table: dict[str, str], arguments: list[str]) -> int:
     if not arguments:
         raise CommandLineError("Not enough arguments")
     first, *rest = arguments
@@ -196,15 +234,26 @@ def _run_command(place: str, called: str, arguments: list[str]) -> int:
     command_class = load_command(place)
     try:
         command = parse(command_class, arguments, called)
+        _answer_progress_signal()
         if command.writes:
             return _run_as_task(command)
         return _run_in_place(command)
     except HelpRequest:
+        from blocklayer.cli.help import help_text
+
         console.write(help_text(command_class, called))
         return 0
     except CommandLineError as error:
         error.command = called
         raise
+
+
+def _answer_progress_signal() -> None:
+    """SIGUSR1 asks how far we are, as it does the original tools."""
+    import signal
+
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, console.answer_signal)
 
 
 def _run_in_place(command: Command) -> int:
@@ -256,6 +305,7 @@ def _top_help() -> str:
 
 
 def _group_help(table: dict[str, str]) -> str:
+    from blocklayer.cli.help import summary
     from blocklayer.drivers import REGISTRY
 
     program = console.program
@@ -267,9 +317,16 @@ def _group_help(table: dict[str, str]) -> str:
         f"Recognized commands (run {program} COMMAND --help for command-specific help):",
         "",
     ]
-    lines += [f"  {name} - {summary_of(load_command(place))}" for name, place in table.items()]
+    lines += [f"  {name} - {summary(load_command(place))}" for name, place in table.items()]
     lines += ["", "Supported image formats:", "", f"  {' '.join(sorted(REGISTRY.table))}"]
-    return "\n".join([*lines, *_standard_options()])
+    return "\n".join([*lines, *_standard_options()[:-1], *_TRACE_HELP, ""])
+
+
+_TRACE_HELP = (
+    "  -T, --trace TRACE",
+    "     tell what is opened, read and written; TRACE is a pattern of event names",
+    "     ('help' lists them), or PATTERN,events=FILE,file=FILE",
+)
 
 
 def _standard_options() -> list[str]:

@@ -11,8 +11,8 @@
 
 Parsing follows GNU ``getopt_long``, since scripts written for the original tools depend on it:
 
-1. Options and operands mix in any order; ``--`` ends the options; ``-`` alone and what looks like a
-   negative number are operands.
+1. Options and operands mix in any order; ``--`` ends the options; ``-`` alone is an operand. So is,
+   for a command that takes a number last, a last word like ``-5G``.
 2. A long name may be cut short while only one option fits. ``--name=value`` and ``--name value``,
    ``-fvalue`` and ``-f value`` are the same; flags may share a dash (``-qf raw``).
 3. The last use of an option wins; a field of type ``list[str]`` collects every use.
@@ -20,15 +20,12 @@ Parsing follows GNU ``getopt_long``, since scripts written for the original tool
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from blocklayer.errors import UsageError
-
-_WIDTH = 80
 
 
 class CommandLineError(UsageError):
@@ -58,6 +55,11 @@ class Option(msgspec.Struct, frozen=True):
     """Further long names."""
     implied: str | None = None
     """The value that the option stands for alone; another one is given as ``--name=value`` only."""
+    group: str = "Options"
+    """The headline that the help text shows it under."""
+
+
+EXIT_CODES = ((0, "done"), (1, "refused or failed; standard error says why"))
 
 
 class Command(msgspec.Struct, kw_only=True):
@@ -65,6 +67,13 @@ class Command(msgspec.Struct, kw_only=True):
 
     OPERANDS: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Names (as in the usage line) and descriptions of what follows the options."""
+
+    ENDS_IN_NUMBER: ClassVar[bool] = False
+    """Whether a last word like ``-5G`` is an operand."""
+    EXIT_CODES: ClassVar[tuple[tuple[int, str], ...]] = EXIT_CODES
+    """What each exit code means, for the help text."""
+    EXAMPLE: ClassVar[tuple[str, str]] = ("", "")
+    """Arguments, and what they do."""
 
     operands: list[str] = []
     uses: list[tuple[str, Any]] = []
@@ -87,7 +96,7 @@ class Command(msgspec.Struct, kw_only=True):
 AnyCommand = TypeVar("AnyCommand", bound=Command)
 
 
-class _Field(msgspec.Struct, frozen=True):
+class Field(msgspec.Struct, frozen=True):
     """An option together with the field it fills."""
 
     name: str
@@ -96,20 +105,21 @@ class _Field(msgspec.Struct, frozen=True):
 
     @property
     def long_names(self) -> tuple[str, ...]:
+        """All its long names; the help text shows the first."""
         return (self.name.replace("_", "-"), *self.option.also)
 
 
-_HELP = _Field("help", Option("print this help and exit", "h"), False)
+_HELP = Field("help", Option("print this help and exit", "h", group="Output"), False)
 
 
-def fields_of(command: type[Command]) -> list[_Field]:
+def fields_of(command: type[Command]) -> list[Field]:
     """The options of ``command``, in the order declared, ``--help`` first."""
     found = [_HELP]
     for name, hint in get_type_hints(command, include_extras=True).items():
         if get_origin(hint) is Annotated:
             kind, *notes = get_args(hint)
             found += [
-                _Field(name, note, get_origin(kind) is list)
+                Field(name, note, get_origin(kind) is list)
                 for note in notes
                 if isinstance(note, Option)
             ]
@@ -129,8 +139,9 @@ class _Parser:
 
     def __init__(self, command: type[Command], called: str) -> None:
         self._called = called
-        self._long: dict[str, _Field] = {}
-        self._letters: dict[str, _Field] = {}
+        self._ends_in_number = command.ENDS_IN_NUMBER
+        self._long: dict[str, Field] = {}
+        self._letters: dict[str, Field] = {}
         for field in fields_of(command):
             self._long.update(dict.fromkeys(field.long_names, field))
             self._letters.update(dict.fromkeys(field.option.letters, field))
@@ -148,15 +159,14 @@ class _Parser:
                 break
             if argument.startswith("--"):
                 self._take_long(argument[2:])
-            elif self._is_letters(argument):
+            elif len(argument) > 1 and argument[0] == "-" and not self._is_number(argument):
                 self._take_letters(argument[1:])
             else:
                 operands.append(argument)
         return {**self._values, "operands": operands, "uses": self._uses}
 
-    @staticmethod
-    def _is_letters(argument: str) -> bool:
-        return len(argument) > 1 and argument[0] == "-" and not argument[1].isdigit()
+    def _is_number(self, argument: str) -> bool:
+        return self._ends_in_number and not self._rest and argument[1].isdigit()
 
     def _take_long(self, text: str) -> None:
         name, equals, value = text.partition("=")
@@ -191,7 +201,7 @@ class _Parser:
             self._store(field, attached or self._rest.pop())
             return
 
-    def _find(self, name: str) -> _Field:
+    def _find(self, name: str) -> Field:
         if name in self._long:
             return self._long[name]
         fitting = [full for full in self._long if full.startswith(name)]
@@ -205,7 +215,7 @@ class _Parser:
     def _full(self, name: str) -> str:
         return next(full for full in self._long if full.startswith(name))
 
-    def _store(self, field: _Field, value: Any) -> None:
+    def _store(self, field: Field, value: Any) -> None:
         option = field.option
         if field is _HELP:
             raise HelpRequest
@@ -223,61 +233,3 @@ class _Parser:
 
     def _error(self, message: str) -> CommandLineError:
         return CommandLineError(message, self._called)
-
-
-def summary(command: type[Command]) -> str:
-    """The first line of a command's documentation."""
-    return (command.__doc__ or "").strip().partition("\n")[0]
-
-
-def help_text(command: type[Command], called: str) -> str:
-    """What ``--help`` shows."""
-    first, _, rest = (command.__doc__ or "").strip().partition("\n")
-    fields = fields_of(command)
-    usage = " ".join([*(_usage(field) for field in fields[1:]), *_operand_names(command)])
-    indent = " " * 8
-    lines = [
-        f"{first.rstrip('.')}.  Usage:",
-        "",
-        *textwrap.wrap(
-            f"  {called} {usage}",
-            _WIDTH,
-            subsequent_indent=indent,
-            break_on_hyphens=False,
-            break_long_words=False,
-        ),
-        "",
-        "Arguments:",
-    ]
-    for field in fields:
-        lines += [f"  {', '.join(_forms(field))}", *_described(field.option.help)]
-    for name, description in command.OPERANDS:
-        lines += [f"  {name.strip('[]')}", *_described(description)]
-    if rest.strip():
-        lines += ["", textwrap.dedent(rest).strip()]
-    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ") + "\n"
-
-
-def _described(text: str) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent=" " * 5, subsequent_indent=" " * 5)
-
-
-def _forms(field: _Field) -> list[str]:
-    option = field.option
-    forms = [f"-{option.letters[0]}"] if option.letters else []
-    forms.append(f"--{field.long_names[0]}")
-    if option.value is not None:
-        forms[-1] += f"[={option.value}]" if option.implied is not None else f" {option.value}"
-    return forms
-
-
-def _usage(field: _Field) -> str:
-    shown = _forms(field)[0]
-    if field.option.value is not None and field.option.implied is None and " " not in shown:
-        shown += f" {field.option.value}"
-    # No line break inside: the wrapping knows spaces only.
-    return f"[{shown}]".replace(" ", "\N{NO-BREAK SPACE}")
-
-
-def _operand_names(command: type[Command]) -> list[str]:
-    return [name for name, _ in command.OPERANDS]

@@ -117,6 +117,7 @@ class FileDriver(ProtocolDriver):
                 from blocklayer.drivers.host.direct import DirectIO
 
                 self._direct = DirectIO(self._fd, self._path, self._changed)
+                self.request_alignment = self._direct.alignment
         except BaseException:
             os.close(self._fd)
             raise

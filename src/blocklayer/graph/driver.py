@@ -121,6 +121,8 @@ class Driver:
 
     zero_alignment: int = 1
     discard_alignment: int = 1
+    request_alignment: int = 1
+    """What offsets and lengths are rounded out to below here: block size of direct I/O."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -372,6 +374,12 @@ class FormatDriver(Driver):
     async def snapshot_load(self, identifier: str) -> None:
         """Until it is closed, let the read-only node show a snapshot in place of the disk."""
         raise UnsupportedError(f"Format '{self.NAME}' does not support internal snapshots")
+
+    async def prepare_vm_state(self, length: int) -> int:
+        """Make room for VM state of ``length`` bytes; 0 asks for none. The answer is the offset
+        behind the disk at which ``map`` and ``allocate`` then know it.
+        """
+        raise UnsupportedError(f"Format '{self.NAME}' cannot hold the state of a virtual machine")
 
     async def check(self, repair: frozenset[str]) -> CheckResult:
         """Compare all metadata; ``repair`` is a subset of {"leaks", "errors"}."""

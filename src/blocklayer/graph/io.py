@@ -122,7 +122,7 @@ async def _write_first_sectors(node: Node, offset: int, view: memoryview) -> Non
                 "was only guessed to be raw. Name the format ('raw') to allow it",
                 errno.EPERM,
             )
-        await _write_runs(node, offset, view)
+        await write_runs(node, offset, view)
 
 
 async def _write(node: Node, offset: int, view: memoryview) -> None:
@@ -133,13 +133,14 @@ async def _write(node: Node, offset: int, view: memoryview) -> None:
         elif node.probed and offset < PROBE_SIZE and driver.NAME == "raw":
             await _write_first_sectors(node, offset, view)
         else:
-            await _write_runs(node, offset, view)
+            await write_runs(node, offset, view)
     finally:
         if node.watchers:
             node.changed(offset, len(view))
 
 
-async def _write_runs(node: Node, offset: int, view: memoryview) -> None:
+async def write_runs(node: Node, offset: int, view: memoryview) -> None:
+    """Store ``view`` run by run, in new space where that is needed. The range was checked."""
     driver = node.driver
     done, total = 0, len(view)
     while done < total:

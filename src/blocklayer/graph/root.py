@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from blocklayer.errors import LockedError
-from blocklayer.graph import io
+from blocklayer.graph import io, vm_state
 from blocklayer.graph.child import Child, Role
 from blocklayer.graph.driver import Buffer
 from blocklayer.graph.node import Node
@@ -129,6 +129,18 @@ class Root(Child):
             if not self.taken & Permission.RESIZE:
                 raise LockedError(f"{self.label} was not opened with the permission to resize")
             await io.truncate(self.node, size, preallocation=preallocation, shrink=shrink)
+
+    async def read_vm_state(self, position: int, view: memoryview) -> None:
+        """Fill ``view`` from the VM state; see ``vm_state.read``."""
+        async with _Request(self):
+            await vm_state.read(self.node, position, view)
+
+    async def write_vm_state(self, position: int, data: Buffer) -> None:
+        """Store ``data`` in the VM state; see ``vm_state.write``."""
+        async with _Request(self):
+            self._check_write()
+            await vm_state.write(self.node, position, data)
+            await self._settle(False)
 
     def _check_write(self) -> None:
         self.node.check_writable()

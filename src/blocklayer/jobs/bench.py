@@ -10,11 +10,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 
 from blocklayer.graph.root import Root
+
+_REPORTED = 256
+"""Progress is told once in so many requests: telling it takes as long as sending one."""
 
 
 class Load(msgspec.Struct, kw_only=True):
@@ -39,30 +42,40 @@ class Load(msgspec.Struct, kw_only=True):
             offset = (offset + self.step) % max(disk_size, 1)
 
 
-async def bench(root: Root, load: Load) -> None:
-    """Send ``load`` to ``root``'s node. Raises what its requests raise."""
+async def bench(
+    root: Root, load: Load, progress: Callable[[int], None] = lambda done: None
+) -> None:
+    """Send ``load`` to ``root``'s node; ``progress`` gets how many requests have ended.
+
+    Raises what its requests raise.
+    """
     offsets = load.offsets(root.node.size)
     if not load.flush_interval or not load.drain:
-        await _in_flight(root, load, enumerate(offsets, 1))
+        await _in_flight(root, load, enumerate(offsets, 1), progress)
         return
     for start in range(0, load.count, load.flush_interval):
         some = [next(offsets) for _ in range(min(load.flush_interval, load.count - start))]
-        await _in_flight(root, load, enumerate(some, 1))
+        await _in_flight(root, load, enumerate(some, 1), lambda done: None)
+        progress(start + len(some))
         if len(some) == load.flush_interval:
             await root.flush()
 
 
-async def _in_flight(root: Root, load: Load, requests: Iterator[tuple[int, int]]) -> None:
+async def _in_flight(
+    root: Root, load: Load, requests: Iterator[tuple[int, int]], progress: Callable[[int], None]
+) -> None:
     """Send numbered ``requests``, ``depth`` at a time."""
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(min(load.depth, load.count)):
-                group.create_task(_send(root, load, requests))
+                group.create_task(_send(root, load, requests, progress))
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
 
 
-async def _send(root: Root, load: Load, requests: Iterator[tuple[int, int]]) -> None:
+async def _send(
+    root: Root, load: Load, requests: Iterator[tuple[int, int]], progress: Callable[[int], None]
+) -> None:
     """Send one request after the other, until there are no more."""
     writing = load.pattern is not None
     buffer = memoryview(bytearray([load.pattern or 0]) * load.size)
@@ -74,5 +87,7 @@ async def _send(root: Root, load: Load, requests: Iterator[tuple[int, int]]) -> 
             await root.read_into(offset, buffer)
         if beside and number % beside == 0:
             await root.flush()
+        if number % _REPORTED == 0:
+            progress(number)
         # A request that did not have to wait must not keep the others from beginning.
         await asyncio.sleep(0)

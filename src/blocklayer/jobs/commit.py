@@ -22,15 +22,18 @@ async def commit(
     options: CopyOptions,
     *,
     progress: Callable[[int], None] | None = None,
-) -> None:
+) -> int:
     """Write what the layers from ``top`` down to above ``base`` hold into ``base``.
 
-    ``base`` grows to the size of ``top`` if it is smaller. Then it is flushed.
+    ``base`` grows to the size of ``top`` if it is smaller. Then it is flushed. The answer is how
+    many bytes those layers held.
     """
     if base.node.size < top.node.size:
         await base.truncate(top.node.size)
-    await Copier(base, options, progress).copy(_held_above(top, base.node))
+    copier = Copier(base, options, progress)
+    await copier.copy(_held_above(top, base.node))
     await base.flush()
+    return copier.done
 
 
 async def _held_above(top: Root, base: Node) -> AsyncIterator[Piece]:

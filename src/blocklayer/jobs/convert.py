@@ -108,11 +108,11 @@ async def convert(
     *,
     top_only: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> None:
+) -> int:
     """Copy ``sources``, one after the other, to ``target``, which is large enough.
 
     ``top_only``: the target's backing file stands for those of the only source, whose top layer is
-    all that is copied.
+    all that is copied. The answer is how many bytes of the target are done: written, or zeros.
     """
     copier = Copier(target, options, progress)
     pieces: AsyncIterator[Piece]
@@ -126,6 +126,7 @@ async def convert(
     await copier.copy(pieces)
     if options.compress:
         await target.write_compressed(0, b"")
+    return copier.done
 
 
 async def top_pieces(source: Root, shown: int) -> AsyncGenerator[Piece, None]:

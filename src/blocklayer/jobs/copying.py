@@ -21,6 +21,7 @@ from contextlib import AsyncExitStack
 
 import msgspec
 
+from blocklayer.graph import io
 from blocklayer.graph.driver import FormatDriver
 from blocklayer.graph.root import Root
 from blocklayer.jobs.filling import Filler, Pack
@@ -194,3 +195,5 @@ class Copier:
             self.target.node, chunk, buffer, storer, zeros_known=self.options.zeros_known,
             placed=self._turns.passed,
         )  # fmt: skip
+        if self.target.write_through:
+            await io.flush(self.target.node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from blocklayer.graph.root import Root
 from blocklayer.jobs.copying import Copier, CopyOptions
@@ -10,10 +10,21 @@ from blocklayer.jobs.plan import Piece, piece_of, source_runs
 
 
 async def copy_range(
-    source: Root, offset: int, length: int, target: Root, options: CopyOptions
-) -> None:
-    """Copy ``[offset, offset + length)`` of ``source`` to the start of ``target``."""
-    await Copier(target, options).copy(_pieces(source, offset, length))
+    source: Root,
+    offset: int,
+    length: int,
+    target: Root,
+    options: CopyOptions,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Copy ``[offset, offset + length)`` of ``source`` to the start of ``target``.
+
+    The answer is how many bytes of the target are done: written, or zeros.
+    """
+    copier = Copier(target, options, progress)
+    await copier.copy(_pieces(source, offset, length))
+    return copier.done
 
 
 async def _pieces(source: Root, offset: int, length: int) -> AsyncIterator[Piece]:

@@ -32,17 +32,19 @@ async def rebase(
     options: CopyOptions,
     *,
     progress: Callable[[int], None] | None = None,
-) -> None:
+) -> int:
     """Make ``overlay`` read over ``new`` as it does over ``old``, its backing node; then flush it.
 
-    None stands for no backing file.
+    None stands for no backing file. The answer is how many bytes were written.
     """
     comparison = _Comparison(overlay, old, new, progress)
+    copier = Copier(overlay, options)
     with Threads(1) as threads:
-        await Copier(overlay, options).copy(comparison.differing(threads))
+        await copier.copy(comparison.differing(threads))
     if options.compress:
         await overlay.write_compressed(0, b"")
     await overlay.flush()
+    return copier.done
 
 
 async def change_backing(overlay: Root, reference: BackingReference | None) -> None:

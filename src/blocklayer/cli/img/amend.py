@@ -6,35 +6,30 @@ from typing import Annotated
 
 import msgspec
 
+from blocklayer.api.results import Amended
 from blocklayer.cli import console
 from blocklayer.cli.common import (
     FILENAME,
-    Format,
-    ImageOpts,
-    ProgressStyle,
-    Quiet,
+    Copying,
     check_cache,
     open_disk,
     parse_options,
+    say_result,
 )
 from blocklayer.cli.img.create import option_lines
-from blocklayer.cli.options import Command, CommandLineError, Option
+from blocklayer.cli.options import CommandLineError, Option
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import UsageError
 from blocklayer.graph.amend import amend_options
 from blocklayer.graph.driver import Driver
 
 
-class Amend(Command):
-    """Update format-specific options of the image"""
+class Amend(Copying):
+    """Change what an existing image is: its version, its refcounts, …"""
 
     OPERANDS = (FILENAME,)
+    EXAMPLE = ("-o lazy_refcounts=on disk.qcow2", "refcounts are updated late from now on")
 
-    quiet: Quiet = False
-    progress: ProgressStyle = None
-    format: Format = None
-    image_opts: ImageOpts = False
-    cache: Annotated[str, Option("cache mode (default writeback)", "t", "CACHE")] = "writeback"
     options: Annotated[
         list[str],
         Option("what to change, as name=value,… ('help' lists what can be)", "o", "OPTIONS"),
@@ -69,11 +64,14 @@ class Amend(Command):
                     "Cannot amend the backing file\n"
                     f"You can use '{console.program} rebase' instead."
                 )
-            with console.Progress(None if self.quiet else self.progress) as progress:
+            with console.Progress(self.progress_style) as progress:
                 await disk.amend(progress=progress.update, **values)
                 progress.update(1, 1)
+            result = Amended(filename=self.operands[0], format=disk.format, options=values)
         finally:
             await disk.close()
+        if self.output == "json":
+            say_result(result)
         return 0
 
     def left_behind(self) -> str:

@@ -7,16 +7,21 @@ import time
 from typing import Annotated, Final
 
 from blocklayer.api.disk import CACHE_MODES
+from blocklayer.api.results import Benched
 from blocklayer.cli import console
 from blocklayer.cli.common import (
     FILENAME,
+    Cache,
     ForceShare,
     Format,
     ImageOpts,
+    Output,
+    ProgressStyle,
     Quiet,
     count_argument,
     one_filename,
     open_disk,
+    say_result,
     size_argument,
 )
 from blocklayer.cli.options import Command, Option
@@ -28,14 +33,17 @@ _BACKENDS: Final = ("threads", "native", "io_uring")
 
 
 class Bench(Command):
-    """Run a simple image benchmark"""
+    """Measure how long many requests take"""
 
     OPERANDS = (FILENAME,)
+    EXAMPLE = ("-c 1000 -d 16 -s 64k disk.qcow2", "a thousand reads of 64 KiB, 16 at a time")
 
     quiet: Quiet = False
+    output: Output = "human"
+    progress: ProgressStyle = None
     format: Format = None
     image_opts: ImageOpts = False
-    cache: Annotated[str, Option("cache mode (default writeback)", "t", "CACHE")] = "writeback"
+    cache: Cache = "writeback"
     count: Annotated[str, Option("number of requests (default 75000)", "c", "COUNT")] = "75000"
     depth: Annotated[str, Option("requests in flight (default 64)", "d", "DEPTH")] = "64"
     offset: Annotated[str, Option("where the first request begins", "o", "OFFSET")] = "0"
@@ -72,23 +80,23 @@ class Bench(Command):
             quiet=self.quiet,
         )
         try:
-            console.say(
-                f"Sending {load.count} {'write' if self.write else 'read'} requests, {load.size} "
-                f"bytes each, {load.depth} in parallel "
-                f"(starting at offset {load.offset}, step size {load.step})"
-            )
-            if load.flush_interval:
-                console.say(f"Sending flush every {load.flush_interval} requests")
+            if self.output == "human":
+                _announce(load)
             start_s = time.perf_counter()
             try:
-                await bench(disk.root, load)
+                with console.Progress(None if self.quiet else self.progress) as progress:
+                    await bench(disk.root, load, lambda done: progress.update(done, load.count))
+                    progress.update(load.count, load.count)
             except BlockError as error:
                 console.error(str(error))
                 raise error.reworded(f"Failed request: {os.strerror(error.errno)}") from error
             taken_s = time.perf_counter() - start_s
         finally:
             await disk.close()
-        console.say(f"Run completed in {taken_s:.3f} seconds.")
+        if self.output == "json":
+            say_result(_result(name, load, taken_s))
+        else:
+            console.say(f"Run completed in {taken_s:.3f} seconds.")
         return 0
 
     def left_behind(self) -> str:
@@ -123,3 +131,30 @@ class Bench(Command):
                 f"Could not open '{name}': aio=native was specified, but it requires "
                 "cache.direct=on, which was not specified."
             )
+
+
+def _announce(load: Load) -> None:
+    console.say(
+        f"Sending {load.count} {'read' if load.pattern is None else 'write'} requests, {load.size} "
+        f"bytes each, {load.depth} in parallel "
+        f"(starting at offset {load.offset}, step size {load.step})"
+    )
+    if load.flush_interval:
+        console.say(f"Sending flush every {load.flush_interval} requests")
+
+
+def _result(name: str, load: Load, taken_s: float) -> Benched:
+    per_second = load.count / max(taken_s, 1e-9)
+    return Benched(
+        filename=name,
+        write=load.pattern is not None,
+        count=load.count,
+        buffer_size=load.size,
+        depth=load.depth,
+        offset=load.offset,
+        step_size=load.step,
+        flush_interval=load.flush_interval,
+        seconds=round(taken_s, 6),
+        requests_per_second=round(per_second, 1),
+        bytes_per_second=round(per_second * load.size, 1),
+    )

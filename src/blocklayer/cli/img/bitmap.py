@@ -11,7 +11,14 @@ from typing import Annotated
 import msgspec
 
 from blocklayer.api.disk import Disk
-from blocklayer.cli.common import Format, ImageOpts, open_disk, size_argument
+from blocklayer.cli.common import (
+    Format,
+    ImageOpts,
+    Output,
+    open_disk,
+    say_result,
+    size_argument,
+)
 from blocklayer.cli.options import Command, Option
 from blocklayer.errors import BlockError, UsageError
 
@@ -19,13 +26,18 @@ _STEPS = ("add", "remove", "clear", "enable", "disable", "merge")
 
 
 class Bitmap(Command):
-    """Modify a persistent dirty bitmap of an image"""
+    """Change a persistent dirty bitmap of an image
+
+    Steps are done in the order given; JSON output tells of all bitmaps afterwards.
+    """
 
     OPERANDS = (
         ("FILENAME", "image file name (or specification with --image-opts)"),
         ("BITMAP", "the bitmap's name"),
     )
+    EXAMPLE = ("--add disk.qcow2 monday", "records from now on what is written to disk.qcow2")
 
+    output: Output = "human"
     format: Format = None
     image_opts: ImageOpts = False
     add: Annotated[bool, Option("create BITMAP, which records what is written from then on")] = (
@@ -74,6 +86,8 @@ class Bitmap(Command):
                     raise error.reworded(
                         f"Operation {step} on bitmap {name} failed: {error}"
                     ) from error
+            if self.output == "json":
+                say_result(await disk.bitmaps.query())
         return 0
 
     def _check(self, steps: list[tuple[str, object]]) -> tuple[str, int]:

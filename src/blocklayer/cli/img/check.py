@@ -20,9 +20,11 @@ from blocklayer.cli.common import (
     ImageOpts,
     Output,
     Quiet,
+    ReadCache,
     check_cache,
     one_filename,
     open_disk,
+    say_result,
 )
 from blocklayer.cli.options import Command, Option
 from blocklayer.errors import UnsupportedError
@@ -34,16 +36,22 @@ EXIT_UNSUPPORTED: Final = 63
 
 
 class Check(Command):
-    """Check basic image integrity, and repair it with -r"""
+    """Check whether an image's metadata is sound, and mend it"""
 
     OPERANDS = (FILENAME,)
+    EXIT_CODES = (
+        (0, "the image is sound, or is now"),
+        (EXIT_FAILED, "it could not be checked"),
+        (EXIT_CORRUPT, "corruptions were found (and are left)"),
+        (EXIT_LEAKS, "clusters are leaked: they waste space, and harm nothing"),
+        (EXIT_UNSUPPORTED, "its format has no checks"),
+    )
+    EXAMPLE = ("-r leaks disk.qcow2", "gives leaked clusters back")
 
     quiet: Quiet = False
     format: Format = None
     image_opts: ImageOpts = False
-    cache: Annotated[
-        str, Option("cache mode to open with (default writeback)", "T", "CACHE_MODE")
-    ] = "writeback"
+    cache: ReadCache = "writeback"
     force_share: ForceShare = False
     output: Output = "human"
     repair: Annotated[
@@ -82,9 +90,7 @@ class Check(Command):
         finally:
             await disk.close()
         if self.output == "json":
-            from blocklayer.cli.json_text import pretty
-
-            console.say(pretty({**msgspec.to_builtins(found), "filename": name}))
+            say_result(msgspec.structs.replace(found, filename=name))
         elif not self.quiet:
             console.write(_summary(found))
         return _exit_code(found)

@@ -10,19 +10,25 @@ import os
 from contextlib import AsyncExitStack
 from typing import Annotated, Final
 
+from blocklayer.api.compare import compare_disks
 from blocklayer.api.disk import Disk
+from blocklayer.api.results import Compared
 from blocklayer.cli import console
 from blocklayer.cli.common import (
+    OPENING,
     ForceShare,
     ImageOpts,
+    Output,
     ProgressStyle,
     Quiet,
+    ReadCache,
     check_cache,
     open_disk,
+    say_result,
 )
 from blocklayer.cli.options import Command, CommandLineError, Option
 from blocklayer.errors import BlockError
-from blocklayer.jobs.compare import Difference, UnreadableError, Verdict, compare
+from blocklayer.jobs.compare import UnreadableError
 
 EXIT_DIFFER: Final = 1
 EXIT_CANNOT_OPEN: Final = 2
@@ -31,26 +37,33 @@ EXIT_CANNOT_READ: Final = 4
 
 
 class Compare(Command):
-    """Check if two images have the same contents"""
+    """Say whether two images hold the same disk"""
 
     OPERANDS = (
-        ("FILENAME1", "image file (or specification)"),
-        ("FILENAME2", "image file to compare with"),
+        ("FILENAME1", "an image"),
+        ("FILENAME2", "another; the shorter one reads as if zeros followed"),
     )
+    EXIT_CODES = (
+        (0, "they hold the same"),
+        (EXIT_DIFFER, "they differ, or the command line is wrong"),
+        (EXIT_CANNOT_OPEN, "one of them cannot be opened"),
+        (EXIT_CANNOT_MAP, "what is allocated cannot be told"),
+        (EXIT_CANNOT_READ, "data cannot be read"),
+    )
+    EXAMPLE = ("disk.raw disk.qcow2", 'prints "Images are identical." or where they differ')
 
     quiet: Quiet = False
     progress: ProgressStyle = None
+    output: Output = "human"
     a_format: Annotated[
-        str | None, Option("format of FILENAME1, else it is guessed", "f", "FMT")
+        str | None, Option("format of FILENAME1, else it is guessed", "f", "FMT", group=OPENING)
     ] = None
     b_format: Annotated[
-        str | None, Option("format of FILENAME2, else it is guessed", "F", "FMT")
+        str | None, Option("format of FILENAME2, else it is guessed", "F", "FMT", group=OPENING)
     ] = None
     image_opts: ImageOpts = False
     strict: Annotated[bool, Option("also compare sizes and what is allocated", "s")] = False
-    cache: Annotated[
-        str, Option("cache mode to open with (default writeback)", "T", "CACHE_MODE")
-    ] = "writeback"
+    cache: ReadCache = "writeback"
     force_share: ForceShare = False
 
     async def run(self) -> int:
@@ -86,17 +99,18 @@ class Compare(Command):
     async def _compare(self, one: Disk, other: Disk) -> int:
         total = max(one.size, other.size)
         with console.Progress(None if self.quiet else self.progress) as progress:
-            verdict = await compare(
-                one.root,
-                other.root,
+            found = await compare_disks(
+                one,
+                other,
                 strict=self.strict,
                 progress=lambda done: progress.update(done, total),
             )
-            progress.update(total, total)
-        if not self.quiet:
-            for line in _lines(verdict, min(one.size, other.size)):
+        if self.output == "json":
+            say_result(found)
+        elif not self.quiet:
+            for line in _lines(found, min(one.size, other.size)):
                 console.say(line)
-        return EXIT_DIFFER if verdict.difference else 0
+        return 0 if found.identical else EXIT_DIFFER
 
     def _explain(self, error: UnreadableError) -> int:
         name = self.operands[error.side]
@@ -108,16 +122,16 @@ class Compare(Command):
         return EXIT_CANNOT_READ
 
 
-def _lines(verdict: Verdict, common_size: int) -> list[str]:
-    if verdict.difference is Difference.SIZE:
+def _lines(found: Compared, common_size: int) -> list[str]:
+    if found.difference == "size":
         return ["Strict mode: Image size mismatch!"]
-    if verdict.difference is Difference.STATUS:
-        return [f"Strict mode: Offset {verdict.offset} block status mismatch!"]
+    if found.difference == "status":
+        return [f"Strict mode: Offset {found.offset} block status mismatch!"]
     lines = []
-    if verdict.sizes_differ and (not verdict.difference or verdict.offset >= common_size):
+    if found.sizes_differ and (found.offset is None or found.offset >= common_size):
         lines.append("Warning: Image size mismatch!")
-    if verdict.difference:
-        lines.append(f"Content mismatch at offset {verdict.offset}!")
-    else:
+    if found.identical:
         lines.append("Images are identical.")
+    else:
+        lines.append(f"Content mismatch at offset {found.offset}!")
     return lines

@@ -11,23 +11,30 @@ from typing import Annotated
 
 import msgspec
 
+from blocklayer.api.convert import converted
 from blocklayer.api.disk import Disk
+from blocklayer.api.results import Converted
 from blocklayer.api.stream import image_stream
+from blocklayer.api.target import Unfinished, check_distinct, create_target
 from blocklayer.cli import console
 from blocklayer.cli.common import (
+    OPENING,
     ForceShare,
+    Output,
     ProgressStyle,
     Quiet,
+    Rate,
+    cache_option,
     check_cache,
     count_argument,
     open_disk,
     parse_options,
+    say_result,
     size_argument,
 )
-from blocklayer.cli.img.create import options_help
+from blocklayer.cli.img.create import check_creatable, options_help
 from blocklayer.cli.img.piped import PIPE, check_input, check_output, give, take
 from blocklayer.cli.img.snapshot import load_snapshot
-from blocklayer.cli.img.target import Unfinished, check_distinct, create_target
 from blocklayer.cli.options import Command, Option
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import UsageError
@@ -41,36 +48,44 @@ from blocklayer.jobs.plan import sparse_size_error
 from blocklayer.jobs.streaming import StreamOptions
 
 _MOST_WORKERS = 16
+_SPARSE_SIZE = "4k"
 
 
 class Convert(Command):
-    """Copy one image to another with optional format conversion"""
+    """Copy images, one after the other, to a new one of any format
+
+    Interrupted, a target that this made is removed; one that existed is left incomplete.
+    """
 
     OPERANDS = (
-        (
-            "SRC_FILENAME",
-            "source image file name (or specification with --image-opts); - reads a "
-            "raw image from standard input",
-        ),
+        ("SRC_FILENAME", "the image to copy; - reads a raw image from standard input"),
         ("[SRC_FILENAME2…]", "further sources, which follow the first"),
         (
             "TGT_FILENAME",
-            "target (output) image file name; - writes a raw, qcow2 or vmdk image to "
-            "standard output",
+            "the image to make; - writes a raw, qcow2 or vmdk image to standard output",
         ),
     )
+    EXAMPLE = ("-p -c -O qcow2 disk.raw small.qcow2", "a compressed copy, with progress shown")
 
     quiet: Quiet = False
+    output: Output = "human"
     progress: ProgressStyle = None
     source_format: Annotated[
         str | None,
-        Option("format of the sources, else it is guessed", "f", "FMT", also=("format",)),
+        Option(
+            "format of the sources, else it is guessed",
+            "f",
+            "FMT",
+            also=("format",),
+            group=OPENING,
+        ),
     ] = None
     image_opts: Annotated[
         bool,
         Option(
-            "sources are complete image specifications (incompatible with --source-format)",
+            "sources are lists of options, driver=…,file.filename=… (incompatible with -f)",
             also=("source-image-opts",),
+            group=OPENING,
         ),
     ] = False
     snapshot: Annotated[
@@ -83,16 +98,14 @@ class Convert(Command):
             also=("source-snapshot",),
         ),
     ] = None
-    source_cache: Annotated[
-        str, Option("cache mode of the sources (default writeback)", "T", "CACHE_MODE")
-    ] = "writeback"
+    source_cache: Annotated[str, cache_option("T", what=" of the sources")] = "writeback"
     target_format: Annotated[
         str | None,
         Option("format of the target (default raw)", "O", "FMT", also=("output-format",)),
     ] = None
     target_image_opts: Annotated[
         bool,
-        Option("TGT_FILENAME is a complete image specification (needs -n; incompatible with -O)"),
+        Option("TGT_FILENAME is a list of options (needs -n; incompatible with -O)", group=OPENING),
     ] = False
     target_options: Annotated[
         list[str],
@@ -111,9 +124,7 @@ class Convert(Command):
             value="LEVEL",
         ),
     ] = None
-    target_cache: Annotated[
-        str, Option("cache mode of the target (default unsafe)", "t", "CACHE_MODE")
-    ] = "unsafe"
+    target_cache: Annotated[str, cache_option("t", "unsafe", " of the target")] = "unsafe"
     backing: Annotated[
         str | None, Option("make the target an overlay of this image", "Bb", "FILENAME")
     ] = None
@@ -127,9 +138,7 @@ class Convert(Command):
         Option("zeros of this length or more become holes (default 4k, 0: none)", "S", "SIZE"),
     ] = None
     force_share: ForceShare = False
-    rate: Annotated[
-        str | None, Option("bytes per second at most", "r", "RATE", also=("rate-limit",))
-    ] = None
+    rate: Rate = None
     parallel: Annotated[
         str,
         Option(f"chunks in flight, 1 to {_MOST_WORKERS} (default {DEFAULT_WORKERS})", "m", "COUNT"),
@@ -140,6 +149,10 @@ class Convert(Command):
     bitmaps: Annotated[bool, Option("copy the persistent bitmaps of the source as well")] = False
     skip_broken_bitmaps: Annotated[
         bool, Option("leave out bitmaps that are inconsistent (needs --bitmaps)")
+    ] = False
+    copy_range_offloading: Annotated[
+        bool,
+        Option("taken for old scripts: data goes through memory with or without it", "C"),
     ] = False
     salvage: Annotated[bool, Option("take what cannot be read for zeros, and go on")] = False
 
@@ -171,8 +184,10 @@ class Convert(Command):
             roots = [disk.root for disk in sources]
             if to_pipe:
                 await self._convert_to_pipe(roots, options, graph)
-            else:
-                await self._convert_to(target_name, roots, options, graph)
+                return 0
+            result = await self._convert_to(target_name, roots, options, graph)
+        if self.output == "json":
+            say_result(result)
         return 0
 
     async def _open_source(self, name: str, graph: Graph) -> Disk:
@@ -186,13 +201,19 @@ class Convert(Command):
             graph=graph,
         )
 
+    @property
+    def _makes_overlay(self) -> bool:
+        """Whether the target gets a backing file, by ``-B`` or among its format's options."""
+        options = parse_options(self.target_options) or {}
+        return bool(self.backing is not None or options.get("backing_file"))
+
     def left_behind(self) -> str:
         return self.unfinished.left if self.unfinished else ""
 
     def _copy_options(self) -> CopyOptions:
         """The options of the copy itself. Raises UsageError."""
-        given = "4k" if self.sparse_size is None else self.sparse_size
-        sparse_size = size_argument(given, "buffer size for sparse output")
+        text = _SPARSE_SIZE if self.sparse_size is None else self.sparse_size
+        sparse_size = size_argument(text, "buffer size for sparse output")
         problem = sparse_size_error(sparse_size)
         if problem:
             raise UsageError(problem)
@@ -241,16 +262,23 @@ class Convert(Command):
             raise UsageError("Use of --skip-broken-bitmaps requires --bitmaps")
         if self.bitmaps and len(names) > 1:
             raise UsageError("Copying bitmaps only possible with single source")
-        if self.backing is not None and len(names) > 1:
+        if self._makes_overlay and len(names) > 1:
             raise UsageError(
                 "Having a backing file for the target makes no sense when concatenating multiple "
                 "input images"
             )
         if self.backing is not None and self.backing_format is None:
             raise UsageError("Use of backing file requires explicit backing format")
+        if self.copy_range_offloading and (self.compress or self.sparse_size is not None):
+            letter = "c" if self.compress else "S"
+            raise UsageError(f"Cannot enable copy offloading when -{letter} is used")
+        mode = (parse_options(self.target_options) or {}).get("preallocation", "off")
+        if self.compress and mode != "off":
+            raise UsageError("Compression and preallocation not supported at the same time")
         if not self.target_image_opts:
-            driver = REGISTRY.table.get(self.target_format or "raw")
-            if driver is None:
+            if not self.no_create:
+                check_creatable(self.target_format or "raw")
+            elif self.target_format not in (None, *REGISTRY.table):
                 raise UsageError(f"Unknown file format '{self.target_format}'")
             if self.compress and not job.supports_compression(
                 REGISTRY.load(self.target_format or "raw")
@@ -281,6 +309,8 @@ class Convert(Command):
             options = None if self.no_create else parse_options(self.target_options) or {}
             check_input(self.source_format, self.target_format or "raw", options)
         if to_pipe:
+            if self.output == "json":
+                raise UsageError("--output=json cannot be used with standard output as target")
             check_output(self.no_create)
 
     async def _convert_to_pipe(self, roots: list[Root], options: CopyOptions, graph: Graph) -> None:
@@ -301,13 +331,13 @@ class Convert(Command):
             bytes_per_s=options.bytes_per_s,
             salvage=options.salvage,
         )
-        self.unfinished = Unfinished("standard output", created=False)
+        self.unfinished = Unfinished("standard output", created=False, tell=console.warning)
         with self.unfinished:
             await give(roots, image, streamed, None if self.quiet else self.progress)
 
     async def _convert_to(
         self, name: str, roots: list[Root], options: CopyOptions, graph: Graph
-    ) -> None:
+    ) -> Converted:
         """Copy ``roots``, or standard input if there are none, to the image ``name``."""
         if self.bitmaps:
             job.check_bitmaps(roots, skip_broken=self.skip_broken_bitmaps)
@@ -315,16 +345,15 @@ class Convert(Command):
             async with await self._open_target(name, graph) as target:
                 job.check_target(roots, target.root, compress=self.compress)
                 options.zeros_known = self.target_is_zero
-                self.unfinished = Unfinished(name, created=False)
+                self.unfinished = Unfinished(name, created=False, tell=console.warning)
                 with self.unfinished:
-                    await self._copy(roots, target, options)
-            return
+                    return await self._copy(name, roots, target, options)
         preallocation = await self._create(name, roots, graph)
-        self.unfinished = Unfinished(name, created=True)
+        self.unfinished = Unfinished(name, created=True, tell=console.warning)
         with self.unfinished:
             async with await self._open_target(name, graph) as target:
                 options.zeros_known = job.reads_zero_when_new(target.root.node, preallocation)
-                await self._copy(roots, target, options)
+                return await self._copy(name, roots, target, options)
 
     async def _open_target(self, name: str, graph: Graph) -> Disk:
         return await open_disk(
@@ -336,25 +365,28 @@ class Convert(Command):
             graph=graph,
         )
 
-    async def _copy(self, roots: list[Root], target: Disk, options: CopyOptions) -> None:
+    async def _copy(
+        self, name: str, roots: list[Root], target: Disk, options: CopyOptions
+    ) -> Converted:
         if not roots:
             progress_style = None if self.quiet else self.progress
             await take(target.root, options, progress_style, grow=not self.no_create)
-            return
+            return converted(target, name, target.size)
         if self.bitmaps:
             job.check_bitmap_support(target.root.node)
         total = job.total_size(roots)
         with console.Progress(None if self.quiet else self.progress) as progress:
-            await job.convert(
+            covered = await job.convert(
                 roots,
                 target.root,
                 options,
-                top_only=self.backing is not None,
+                top_only=self._makes_overlay,
                 progress=lambda done: progress.update(done, total),
             )
             progress.update(total, total)
         if self.bitmaps:
             await job.copy_bitmaps(roots[0].node, target.root.node, self._warn)
+        return converted(target, name, covered)
 
     async def _create(self, name: str, sources: list[Root], graph: Graph) -> str:
         """Make the target; the answer is its preallocation mode."""

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import msgspec
 
+from blocklayer.api.results import Created
 from blocklayer.cli import console
-from blocklayer.cli.common import Quiet, parse_options, size_argument
+from blocklayer.cli.common import Output, Quiet, parse_options, say_result, size_argument
 from blocklayer.cli.options import Command, CommandLineError, Option
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import BlockError, UsageError
@@ -24,15 +25,20 @@ from blocklayer.graph.options import CreateOptions, Described, describe
 
 
 class Create(Command):
-    """Create and format a new image file"""
+    """Make a new, empty image"""
 
     OPERANDS = (
         ("FILENAME", "image file to create; it is overwritten if it exists"),
         ("[SIZE]", "size, with an optional suffix k, M, G, T, P or E; an overlay without one is as "
                    "large as its backing image"),
     )  # fmt: skip
+    EXAMPLE = (
+        "-f qcow2 -b disk.raw -F raw overlay.qcow2",
+        "an overlay: it shows what disk.raw holds, and takes all writes",
+    )
 
     quiet: Quiet = False
+    output: Output = "human"
     format: Annotated[str, Option("format of the new image (default raw)", "f", "FMT")] = "raw"
     options: Annotated[
         list[str],
@@ -82,9 +88,19 @@ class Create(Command):
             self.backing_format,
             not self.backing_unsafe,
         )
-        if not self.quiet:
+        if not self.quiet and self.output == "human":
             console.say(formatting_line(filename, self.format, decoded, storage))
         await write_image(graph, filename, self.format, decoded, storage)
+        if self.output == "json":
+            values = _values(decoded, storage)
+            say_result(
+                Created(
+                    filename=filename,
+                    format=self.format,
+                    virtual_size=values.pop("size", None),
+                    options=values,
+                )
+            )
 
 
 def check_creatable(format: str) -> type[CreateOptions]:
@@ -102,12 +118,14 @@ def formatting_line(
     filename: str, format: str, options: CreateOptions, storage: Mapping[str, Any]
 ) -> str:
     """``Formatting 'x', fmt=qcow2 cluster_size=65536 …``: every option that has a value."""
-    values = {
-        **{name: getattr(options, name) for name in _in_order(options)},
-        **storage,
-    }
-    shown = [f"{name}={_shown(value)}" for name, value in values.items() if value is not None]
+    shown = [f"{name}={_shown(value)}" for name, value in _values(options, storage).items()]
     return f"Formatting '{filename}', " + " ".join([f"fmt={format}", *shown])
+
+
+def _values(options: CreateOptions, storage: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option that has a value, in the order shown."""
+    values = {**{name: getattr(options, name) for name in _in_order(options)}, **storage}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _in_order(options: CreateOptions) -> list[str]:

@@ -8,9 +8,19 @@ from __future__ import annotations
 
 from typing import Annotated, Final
 
+from blocklayer.api.convert import converted
+from blocklayer.api.target import Unfinished, check_distinct, create_target
 from blocklayer.cli import console
-from blocklayer.cli.common import ForceShare, Format, ImageOpts, open_disk, size_argument
-from blocklayer.cli.img.target import Unfinished, check_distinct, create_target
+from blocklayer.cli.common import (
+    ForceShare,
+    Format,
+    ImageOpts,
+    Output,
+    ProgressStyle,
+    open_disk,
+    say_result,
+    size_argument,
+)
 from blocklayer.cli.options import Command, Option
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import UsageError
@@ -24,7 +34,7 @@ _BLOCK_SIZE_MAX: Final = (1 << 31) - 1
 
 
 class Dd(Command):
-    """Copy input to output with optional format conversion"""
+    """Copy a range of one image to a new one"""
 
     OPERANDS = (
         ("[bs=BLOCK_SIZE]", "size of a block (default 512)"),
@@ -34,6 +44,10 @@ class Dd(Command):
         ("of=OUTPUT", "output file name to create"),
     )
 
+    EXAMPLE = ("bs=1M skip=1 count=2 if=disk.raw of=part.raw", "the second and third MiB")
+
+    output: Output = "human"
+    progress: ProgressStyle = None
     format: Format = None
     image_opts: ImageOpts = False
     output_format: Annotated[str, Option("format of OUTPUT (default raw)", "O", "OUTPUT_FMT")] = (
@@ -74,7 +88,7 @@ class Dd(Command):
                 align_up(length, SECTOR),
                 "creating output image",
             )
-            self.unfinished = Unfinished(given["of"], created=True)
+            self.unfinished = Unfinished(given["of"], created=True, tell=console.warning)
             with self.unfinished:
                 async with await open_disk(
                     given["of"],
@@ -86,7 +100,19 @@ class Dd(Command):
                     mode = str(getattr(made, "preallocation", "off"))
                     known = reads_zero_when_new(target.root.node, mode)
                     options = CopyOptions(zeros_known=known)
-                    await copy_range(source.root, skip, length, target.root, options)
+                    with console.Progress(self.progress) as progress:
+                        covered = await copy_range(
+                            source.root,
+                            skip,
+                            length,
+                            target.root,
+                            options,
+                            progress=lambda done: progress.update(done, length),
+                        )
+                        progress.update(length, length)
+                    result = converted(target, given["of"], covered)
+        if self.output == "json":
+            say_result(result)
         return 0
 
     def left_behind(self) -> str:

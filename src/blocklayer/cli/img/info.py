@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -17,6 +18,7 @@ from blocklayer.api.info import ImageInfo, image_info
 from blocklayer.cli import console
 from blocklayer.cli.common import (
     FILENAME,
+    Cache,
     ForceShare,
     Format,
     ImageOpts,
@@ -24,6 +26,7 @@ from blocklayer.cli.common import (
     check_cache,
     one_filename,
     open_disk,
+    say_result,
 )
 from blocklayer.cli.options import Command, Option
 from blocklayer.errors import FormatError, UsageError
@@ -33,16 +36,20 @@ from blocklayer.units import format_size
 
 
 class Info(Command):
-    """Display information about an image"""
+    """Say what an image is: its format, its sizes, its backing file, its snapshots"""
 
     OPERANDS = (FILENAME,)
+    EXAMPLE = ("--output=json disk.qcow2", "everything known of disk.qcow2, for programs")
 
     format: Format = None
     image_opts: ImageOpts = False
     backing_chain: Annotated[
         bool, Option("go on with the backing file, its backing file, and so on", "b")
     ] = False
-    cache: Annotated[str, Option("cache mode to open with", "t", "CACHE_MODE")] = "writeback"
+    limits: Annotated[
+        bool, Option("also tell what requests the image and its storage take well")
+    ] = False
+    cache: Cache = "writeback"
     force_share: ForceShare = False
     output: Output = "human"
 
@@ -54,10 +61,7 @@ class Info(Command):
         check_cache(self.cache)
         found = await self._collect(one_filename(self.operands))
         if self.output == "json":
-            from blocklayer.cli.json_text import pretty
-
-            plain = [msgspec.to_builtins(info) for info in found]
-            console.say(pretty(plain if self.backing_chain else plain[0]))
+            say_result(found if self.backing_chain else found[0])
         else:
             console.write("\n".join("".join(_lines(info)) for info in found))
         return 0
@@ -79,7 +83,7 @@ class Info(Command):
                 named_by=above,
             )
             try:
-                info = image_info(disk.root.node)
+                info = image_info(disk.root.node, limits=self.limits)
                 identity = _identity(disk)
                 if identity is not None and identity in seen:
                     raise FormatError(f"Backing file '{image}' creates an infinite loop.")
@@ -129,6 +133,8 @@ def _node_lines(info: ImageInfo, path: str, indent: str, *, is_child: bool) -> l
     lines += _backing_lines(info)
     if info.snapshots:
         lines += snapshot_lines(info.snapshots)
+    if info.limits is not None:
+        lines += ["Block limits:", *tree(msgspec.to_builtins(info.limits), 1)]
     if info.format_specific is not None:
         specific = tree(msgspec.to_builtins(info.format_specific.data), 1)
         lines += ["Format specific information:", *specific] if specific else []
@@ -175,7 +181,7 @@ _SNAPSHOT_HEAD = (
 )
 
 
-def snapshot_lines(snapshots: list[SnapshotInfo]) -> list[str]:
+def snapshot_lines(snapshots: Sequence[SnapshotInfo]) -> list[str]:
     """The table of internal snapshots."""
     return ["Snapshot list:", _SNAPSHOT_HEAD, *map(_snapshot_line, snapshots)]
 

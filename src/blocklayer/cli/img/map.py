@@ -29,9 +29,10 @@ _BATCH = 8192
 
 
 class Map(Command):
-    """Dump image metadata: which ranges hold data, and where"""
+    """Show which ranges of a disk hold data, and where that is stored"""
 
     OPERANDS = (FILENAME,)
+    EXAMPLE = ("--output=json disk.qcow2", "all of the disk, run by run, for programs")
 
     format: Format = None
     image_opts: ImageOpts = False

@@ -12,14 +12,16 @@ import msgspec
 from blocklayer.api.measure import Measurement, decode_options, measure
 from blocklayer.cli import console
 from blocklayer.cli.common import (
+    OPENING,
     ForceShare,
     Output,
     open_disk,
     parse_options,
+    say_result,
     size_argument,
 )
 from blocklayer.cli.img.create import options_help
-from blocklayer.cli.json_text import pretty
+from blocklayer.cli.img.snapshot import load_snapshot
 from blocklayer.cli.options import Command, Option
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import UsageError
@@ -27,9 +29,10 @@ from blocklayer.graph.options import CreateOptions
 
 
 class Measure(Command):
-    """Calculate the file size required for a new image"""
+    """Tell how much storage a new image would take"""
 
-    OPERANDS = (("[FILENAME]", "the image to convert from, if there is one"),)
+    OPERANDS = (("[FILENAME]", "the image to convert from; else --size says how large a disk"),)
+    EXAMPLE = ("-O qcow2 disk.raw", "what converting disk.raw to qcow2 would take")
 
     target_format: Annotated[str, Option("format of the new image (default raw)", "O", "FMT")] = (
         "raw"
@@ -43,16 +46,27 @@ class Measure(Command):
             also=("target-format-options",),
         ),
     ] = msgspec.field(default_factory=list)
+    snapshot: Annotated[
+        str | None,
+        Option("measure this internal snapshot of FILENAME: its id or its name", "l", "SNAPSHOT"),
+    ] = None
     size: Annotated[str | None, Option("size of a new, empty image", "s", "SIZE")] = None
     format: Annotated[
         str | None,
-        Option("format of FILENAME, else it is guessed", "f", "FMT", also=("source-format",)),
+        Option(
+            "format of FILENAME, else it is guessed",
+            "f",
+            "FMT",
+            also=("source-format",),
+            group=OPENING,
+        ),
     ] = None
     image_opts: Annotated[
         bool,
         Option(
-            "FILENAME is a complete image specification (incompatible with --format)",
+            "FILENAME is a list of options, driver=…,file.filename=… (incompatible with --format)",
             also=("source-image-opts",),
+            group=OPENING,
         ),
     ] = False
     output: Output = "human"
@@ -81,6 +95,8 @@ class Measure(Command):
             one_pass=True,
         )
         try:
+            if self.snapshot is not None:
+                await load_snapshot([source.root.node], self.snapshot)
             self._show(await measure(self.target_format, options, source=source))
         finally:
             await source.close()
@@ -89,7 +105,8 @@ class Measure(Command):
     def _check_combinations(self, size: int | None) -> None:
         if len(self.operands) > 1:
             raise UsageError("At most one filename argument is allowed.")
-        if not self.operands and (self.image_opts or self.format is not None):
+        needs_file = self.image_opts or self.format is not None or self.snapshot is not None
+        if not self.operands and needs_file:
             raise UsageError("--image-opts, -f, and -l require a filename argument.")
         if size is None and not self.operands:
             raise UsageError("Either --size N or one filename must be specified.")
@@ -107,7 +124,7 @@ class Measure(Command):
 
     def _show(self, found: Measurement) -> None:
         if self.output == "json":
-            console.say(pretty(msgspec.to_builtins(found)))
+            say_result(found)
             return
         console.say(f"required size: {found.required}")
         console.say(f"fully allocated size: {found.fully_allocated}")

@@ -5,8 +5,17 @@ from __future__ import annotations
 import errno
 from typing import Annotated
 
+from blocklayer.api.results import Resized
 from blocklayer.cli import console
-from blocklayer.cli.common import FILENAME, Format, ImageOpts, Quiet, open_disk
+from blocklayer.cli.common import (
+    FILENAME,
+    Format,
+    ImageOpts,
+    Output,
+    Quiet,
+    open_disk,
+    say_result,
+)
 from blocklayer.cli.options import Command, CommandLineError, Option
 from blocklayer.errors import UsageError
 from blocklayer.units import parse_size
@@ -15,15 +24,18 @@ _PREALLOCATION = ("off", "metadata", "falloc", "full")
 
 
 class Resize(Command):
-    """Resize an image"""
+    """Change the size of a disk"""
 
     OPERANDS = (
         FILENAME,
         ("[+|-]SIZE", "the new size, or by how much to grow or shrink, with an optional suffix k, "
                       "M, G, T, P or E"),
     )  # fmt: skip
+    ENDS_IN_NUMBER = True
+    EXAMPLE = ("disk.qcow2 +10G", "the disk is 10 GiB larger; what was added reads as zeros")
 
     quiet: Quiet = False
+    output: Output = "human"
     format: Format = None
     image_opts: ImageOpts = False
     shrink: Annotated[bool, Option("allow the new size to be smaller: the tail is lost")] = False
@@ -59,9 +71,14 @@ class Resize(Command):
                 )
                 return 1
             await disk.resize(size, preallocation=self.preallocation, shrink=self.shrink)
+            result = Resized(
+                filename=name, format=disk.format, old_size=old, virtual_size=disk.size
+            )
         finally:
             await disk.close()
-        if not self.quiet:
+        if self.output == "json":
+            say_result(result)
+        elif not self.quiet:
             console.say("Image resized.")
         return 0
 

@@ -13,20 +13,24 @@ from typing import Annotated
 import msgspec
 
 from blocklayer.api.disk import Disk
+from blocklayer.api.results import SnapshotChanged
 from blocklayer.cli import console
 from blocklayer.cli.common import (
     FILENAME,
     ForceShare,
     Format,
     ImageOpts,
+    Output,
     Quiet,
     one_filename,
     open_disk,
+    say_result,
 )
 from blocklayer.cli.img.info import snapshot_lines
 from blocklayer.cli.options import Command, CommandLineError, Option
 from blocklayer.errors import BlockError, UnsupportedError, UsageError
 from blocklayer.graph import snapshots
+from blocklayer.graph.driver import SnapshotInfo
 from blocklayer.graph.node import Node
 from blocklayer.graph.options import parse_pairs
 
@@ -37,11 +41,13 @@ _PREFIX = "snapshot."
 
 
 class Snapshot(Command):
-    """List or change the internal snapshots of an image"""
+    """List the internal snapshots of an image, or change them"""
 
     OPERANDS = (FILENAME,)
+    EXAMPLE = ("-c monday disk.qcow2", "keeps what the disk holds now, by the name of monday")
 
     quiet: Quiet = False
+    output: Output = "human"
     format: Format = None
     image_opts: ImageOpts = False
     force_share: ForceShare = False
@@ -73,31 +79,46 @@ class Snapshot(Command):
             quiet=self.quiet,
         )
         async with disk:
+            if not self.writes:
+                self._show(disk.snapshots())
+                return 0
             if self.create:
-                await _create(disk, self.create[0])
+                changed = SnapshotChanged(
+                    filename=name, action="create", snapshot=await _create(disk, self.create[0])
+                )
             elif self.apply:
-                await _apply(disk, self.apply[0])
-            elif self.delete:
-                await _delete(disk, self.delete[0])
-            elif found := disk.snapshots():
-                console.write("".join(f"{line}\n" for line in snapshot_lines(found)))
+                changed = SnapshotChanged(
+                    filename=name, action="apply", snapshot=await _apply(disk, self.apply[0])
+                )
+            else:
+                changed = SnapshotChanged(
+                    filename=name, action="delete", snapshot=await _delete(disk, self.delete[0])
+                )
+        if self.output == "json":
+            say_result(changed)
         return 0
+
+    def _show(self, found: Sequence[SnapshotInfo]) -> None:
+        if self.output == "json":
+            say_result(found)
+        elif found:
+            console.write("".join(f"{line}\n" for line in snapshot_lines(found)))
 
     def left_behind(self) -> str:
         return f"'{self.operands[0]}' is valid, with its old or its new snapshots"
 
 
-async def _create(disk: Disk, name: str) -> None:
+async def _create(disk: Disk, name: str) -> SnapshotInfo:
     what = f"Could not create snapshot '{name}'"
     if not disk.root.node.driver.supports_snapshots:
         raise UnsupportedError(f"{what}: Operation not supported")
     try:
-        await snapshots.create(disk.root, name)
+        return await snapshots.create(disk.root, name)
     except BlockError as error:
         raise error.reworded(f"{what}: {error}") from error
 
 
-async def _apply(disk: Disk, name: str) -> None:
+async def _apply(disk: Disk, name: str) -> SnapshotInfo:
     what = f"Could not apply snapshot '{name}'"
     if not disk.root.node.driver.supports_snapshots:
         raise UnsupportedError(f"{what}: Block driver does not support snapshots")
@@ -108,9 +129,10 @@ async def _apply(disk: Disk, name: str) -> None:
         await snapshots.apply(disk.root, found)
     except BlockError as error:
         raise error.reworded(f"{what}: {error}") from error
+    return found
 
 
-async def _delete(disk: Disk, name: str) -> None:
+async def _delete(disk: Disk, name: str) -> SnapshotInfo:
     what = f"Could not delete snapshot '{name}'"
     found = snapshots.find(disk.root.node, name=name)
     if found is None:
@@ -119,6 +141,7 @@ async def _delete(disk: Disk, name: str) -> None:
         await snapshots.delete(disk.root, found)
     except BlockError as error:
         raise error.reworded(f"{what}: {error}") from error
+    return found
 
 
 async def load_snapshot(sources: Sequence[Node], text: str) -> None:

@@ -143,10 +143,10 @@ VERBS = (
         name="abort",
         run=_abort,
         needs_image=False,
-        summary="simulate a program crash using abort(3)",
+        summary="end as a crash would: nothing is written back",
     ),
-    Verb(name="aio_flush", run=_aio_flush, summary="completes all outstanding aio requests"),
-    Verb(name="close", alias="c", run=_close, summary="close the current open file"),
+    Verb(name="aio_flush", run=_aio_flush, summary="wait for all asynchronous requests"),
+    Verb(name="close", alias="c", run=_close, summary="close the image"),
     Verb(
         name="help",
         alias="?",
@@ -154,7 +154,7 @@ VERBS = (
         usage="[command]",
         most=1,
         needs_image=False,
-        summary="help for one or all commands",
+        summary="explain one command, or list all",
     ),
     Verb(
         name="open",
@@ -162,22 +162,22 @@ VERBS = (
         run=_open,
         usage="[-t cache] [-d discard] [-i aio] [-o options] [path]",
         flags={
-            "r": "open file read-only",
-            "s": "use snapshot file",
-            "C": "use copy-on-read",
-            "n": "disable host cache, short for -t none",
-            "k": "use kernel AIO implementation (short for -i native)",
-            "U": "force shared permissions",
+            "r": "for reading only",
+            "s": "write to a temporary overlay, which is thrown away",
+            "C": "keep a copy of what is read from backing files in the image",
+            "n": "the same as -t none",
+            "k": "the same as -i native",
+            "U": "although others write to it",
             "i": "AIO mode (threads, native or io_uring); requests are served alike in all",
-            "t": "use the given cache mode for the image",
-            "d": "use the given discard mode for the image",
-            "o": "options to be given to the block driver",
+            "t": "cache mode",
+            "d": "what becomes of discards: ignore or unmap",
+            "o": "options of the driver, as name=value,...",
         },
         least=1,
         most=None,
         operands=(0, 1),
         needs_image=False,
-        summary="open the file specified by path",
+        summary="open an image",
         details="""\
 makes an image the one that all other commands work on
 
@@ -190,21 +190,21 @@ Example:
         run=_quit,
         most=None,
         needs_image=False,
-        summary="exit the program",
+        summary="end the session",
     ),
     Verb(
         name="reopen",
         run=_reopen,
         usage="[(-r|-w)] [-c cache] [-o options]",
         flags={
-            "r": "Reopen the image read-only",
-            "w": "Reopen the image read-write",
-            "c": "Change the cache mode to the given value",
-            "o": "Changes block driver options (cf. 'open' command)",
+            "r": "for reading only",
+            "w": "for reading and writing",
+            "c": "in this cache mode",
+            "o": "with these options of the driver",
         },
         most=None,
         operands=(0, 0),
-        summary="reopens an image with new options",
+        summary="open the image anew, with other options",
         details="""\
 closes the image and opens it with other options; if they do not fit, with the old ones
 
@@ -220,7 +220,7 @@ Example:
         least=1,
         most=1,
         needs_image=False,
-        summary="raises a signal",
+        summary="send this process a signal",
         details="""\
 sends this process the signal of that number
 
@@ -234,6 +234,6 @@ Example:
         least=1,
         most=1,
         needs_image=False,
-        summary="waits for the given value in milliseconds",
+        summary="wait so many milliseconds",
     ),
 )

@@ -26,6 +26,8 @@ class Io(Command):
     """
 
     OPERANDS = (("[FILENAME]", "image file name (or specification with --image-opts)"),)
+    EXIT_CODES = ((0, "all commands worked"), (1, "one failed, or the image cannot be opened"))
+    EXAMPLE = ("-c 'write -P 7 0 64k' -c 'read -P 7 0 64k' disk.qcow2", "writes, and looks")
 
     cmd: Annotated[list[str], Option("carry out this command (repeatable)", "c", "COMMAND")] = (
         msgspec.field(default_factory=list)
@@ -53,9 +55,30 @@ class Io(Command):
         str | None, Option("ignore or unmap what is discarded (default unmap)", "d", "MODE")
     ] = None
     force_share: ForceShare = False
+    trace: Annotated[
+        list[str],
+        Option(
+            "tell what is opened, read and written; TRACE is a pattern of event names ('help' "
+            "lists them), or PATTERN,events=FILE,file=FILE",
+            "T",
+            "TRACE",
+            group="Output",
+        ),
+    ] = msgspec.field(default_factory=list)
 
     async def run(self) -> int:
         """Carry out the commands."""
+        if not self.trace:
+            return await self._run()
+        from blocklayer.cli import trace
+
+        if trace.is_help(self.trace):
+            console.write(trace.events_text())
+            return 0
+        with trace.tracing(self.trace):
+            return await self._run()
+
+    async def _run(self) -> int:
         if len(self.operands) > 1:
             raise CommandLineError("Expecting one image file name at most")
         if self.image_opts and self.format is not None:

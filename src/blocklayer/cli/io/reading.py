@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from blocklayer.cli import console
 from blocklayer.cli.io.session import Session
-from blocklayer.cli.io.texts import dump, length, number, pattern_byte, total_length
+from blocklayer.cli.io.texts import (
+    check_sectors,
+    dump,
+    length,
+    number,
+    pattern_byte,
+    total_length,
+)
 from blocklayer.cli.io.transfer import (
     ASYNCHRONOUS,
     IGNORED,
@@ -13,14 +20,15 @@ from blocklayer.cli.io.transfer import (
     QUIET,
     REGISTER,
     STATISTICS,
+    VM_STATE,
     Timed,
     say_refusal,
 )
 from blocklayer.cli.io.verbs import CallError, CommandError, Given, Verb
 from blocklayer.units import MIB
 
-_VERIFY = {"P": "use a pattern to verify read data"}
-_DUMP = {"v": "dump buffer to standard output"}
+_VERIFY = {"P": "every byte read must be this one"}
+_DUMP = {"v": "show what was read, in hex"}
 
 
 def _matches(view: memoryview, byte: int) -> bool:
@@ -45,7 +53,9 @@ class _Read:
         """Whether the pattern, if there is one, was found. Raises CommandError."""
         view = self._session.buffer(self._count)
         timed = Timed(self._given, "read", self._offset, self._count)
-        await timed.run(self._session.root.read_into(self._offset, view), name)
+        root = self._session.root
+        read = root.read_vm_state if self._given.has("b") else root.read_into
+        await timed.run(read(self._offset, view), name)
         good = self._verify(view[self.verify_start : self.verify_end])
         if self._given.has("v") and not self._given.has("q"):
             for line in dump(view, self._offset):
@@ -80,6 +90,8 @@ async def _read(session: Session, given: Given) -> None:
     if given.has("s", "l") and not given.has("P"):
         raise CallError
     offset, count = number(given.operands[0]), length(given.operands[1])
+    if given.has("b"):
+        check_sectors(offset, count)
     end = count if verified is None else start + verified
     if not start <= end <= count:
         raise CommandError("pattern verification range exceeds end of read data")
@@ -110,19 +122,20 @@ VERBS = (
         run=_read,
         usage="[-P pattern [-s off] [-l len]] off len",
         flags={
+            **VM_STATE,
             **STATISTICS,
             **QUIET,
             **REGISTER,
             **_DUMP,
             **IGNORED,
             **_VERIFY,
-            "s": "start offset for pattern verification (only with -P)",
-            "l": "length for pattern verification (only with -P)",
+            "s": "with -P: look from here on, counted from off",
+            "l": "with -P: look at so many bytes only",
         },
         least=2,
         operands=(2, 2),
         most=None,
-        summary="reads a number of bytes at a specified offset",
+        summary="read from the disk",
         details="""\
 fills a buffer from the open image
 
@@ -139,7 +152,7 @@ With -P the command fails unless every byte is the pattern.""",
         least=2,
         operands=(2, None),
         most=None,
-        summary="reads a number of bytes at a specified offset",
+        summary="read into several buffers",
         details="""\
 fills several buffers from one place on, one for each length
 
@@ -154,7 +167,7 @@ Example:
         least=2,
         operands=(2, None),
         most=None,
-        summary="asynchronously reads a number of bytes",
+        summary="read in the background",
         details="""\
 starts a read like readv's and goes on at once
 

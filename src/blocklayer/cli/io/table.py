@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Final
 
 from blocklayer.cli import console
-from blocklayer.cli.io import control, inspecting, reading, writing
+from blocklayer.cli.io import control, inspecting, reading, special, writing
 from blocklayer.cli.io.session import Session
 from blocklayer.cli.io.transfer import say_refusal
 from blocklayer.cli.io.verbs import CallError, CommandError, by_name
 from blocklayer.errors import BlockError, UsageError
 
-TABLE: Final = by_name((*control.VERBS, *inspecting.VERBS, *reading.VERBS, *writing.VERBS))
+TABLE: Final = by_name(
+    (*control.VERBS, *inspecting.VERBS, *reading.VERBS, *special.VERBS, *writing.VERBS)
+)
 
 
 async def carry_out(session: Session, line: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from blocklayer.cli.io.verbs import CommandError
 from blocklayer.errors import UsageError
-from blocklayer.units import KIB, parse_size
+from blocklayer.units import KIB, SECTOR, parse_size
 
 REQUEST_MAX = 2**31 - 512
 """The largest request: sectors counted in bytes by a signed 32-bit number."""
@@ -50,6 +50,13 @@ def length(text: str, limit: str = "") -> int:
     if value > REQUEST_MAX:
         raise CommandError(f"length cannot exceed {REQUEST_MAX}{limit}, given {text}")
     return value
+
+
+def check_sectors(offset: int, count: int) -> None:
+    """Requests to the VM state are of whole sectors. Raises CommandError."""
+    for name, value in (("offset", offset), ("count", count)):
+        if value % SECTOR:
+            raise CommandError(f"{value} is not a sector-aligned value for '{name}'")
 
 
 def total_length(texts: list[str]) -> int:

@@ -17,11 +17,12 @@ from blocklayer.cli.io.texts import report
 from blocklayer.cli.io.verbs import CommandError, Given
 from blocklayer.errors import BlockError
 
-STATISTICS = {"C": "report statistics in a machine parsable format"}
-QUIET = {"q": "quiet mode, do not show I/O statistics"}
-REGISTER = {"r": "register I/O buffer (no driver needs it: no effect)"}
-INVALID = {"i": "treat request as invalid, for exercising stats"}
-IGNORED = {"p": "ignored for backwards compatibility"}
+STATISTICS = {"C": "print what the request took as one line of numbers"}
+QUIET = {"q": "do not print what the request took"}
+REGISTER = {"r": "take memory that drivers know beforehand (none needs that: no effect)"}
+INVALID = {"i": "only count as a request that was invalid"}
+IGNORED = {"p": "means nothing; old scripts give it"}
+VM_STATE = {"b": "not on the disk, but in the VM state behind it"}
 
 MANY = "[-P pattern] off len [len..]"
 """What the commands with several buffers take."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from blocklayer.cli import console
 from blocklayer.cli.io.session import Session
-from blocklayer.cli.io.texts import length, number, pattern_byte, total_length
+from blocklayer.cli.io.texts import check_sectors, length, number, pattern_byte, total_length
 from blocklayer.cli.io.transfer import (
     ASYNCHRONOUS,
     IGNORED,
@@ -13,6 +13,7 @@ from blocklayer.cli.io.transfer import (
     QUIET,
     REGISTER,
     STATISTICS,
+    VM_STATE,
     Timed,
     reported,
 )
@@ -20,8 +21,10 @@ from blocklayer.cli.io.verbs import CommandError, Given, Verb
 
 _DEFAULT_PATTERN = 0xCD
 
-_FILL = {"P": "use different pattern to fill file"}
-_FUA = {"f": "use Force Unit Access semantics"}
+_FILL = {"P": "store this byte instead of 0xcd"}
+_FUA = {"f": "come back only when the data is on stable storage"}
+_ZEROES = {"z": "store zeros without sending any"}
+_UNMAP = {"u": "with -z: the space may be given back"}
 
 
 def _pattern(given: Given) -> int:
@@ -50,7 +53,9 @@ def _read_start(path: str, count: int) -> bytes:
 
 
 def _check_write_flags(given: Given) -> None:
-    if given.has("c") and given.has("f"):
+    if given.has("b") and given.has("z"):
+        raise CommandError("-b and -z cannot be specified at the same time")
+    if given.has("b", "c") and given.has("f"):
         raise CommandError("-f and -b or -c cannot be specified at the same time")
     for letter in "nu":
         if given.has(letter) and not given.has("z"):
@@ -65,6 +70,8 @@ async def _write(session: Session, given: Given) -> None:
     offset = number(given.operands[0])
     fast, path = given.has("n"), given.value("s")
     count = number(given.operands[1]) if fast else length(given.operands[1], " without -n")
+    if given.has("b"):
+        check_sectors(offset, count)
     if given.has("z") and given.has("r"):
         raise CommandError("cannot combine zero write with registered I/O buffer")
     if path is not None:
@@ -73,6 +80,8 @@ async def _write(session: Session, given: Given) -> None:
     if given.has("z"):
         unmap = given.has("u")
         request = root.write_zeroes(offset, count, unmap=unmap, fallback=not fast, fua=fua)
+    elif given.has("b"):
+        request = root.write_vm_state(offset, _filled(session, count, block))
     elif given.has("c"):
         request = root.write_compressed(offset, _filled(session, count, block))
     else:
@@ -126,23 +135,24 @@ VERBS = (
         run=_write,
         usage="[-P pattern | -s source_file] off len",
         flags={
-            "c": "write compressed data",
+            **VM_STATE,
+            "c": "store the data compressed",
             **STATISTICS,
             **_FUA,
-            "n": "with -z, don't allow slow fallback",
+            "n": "with -z: fail where zeros would have to be written",
             **QUIET,
             **REGISTER,
-            "u": "with -z, allow unmapping",
-            "z": "write zeroes without sending them",
+            **_UNMAP,
+            **_ZEROES,
             **IGNORED,
             **_FILL,
-            "s": "use a pattern file to fill the write buffer",
+            "s": "store what this file starts with, over and over",
         },
         least=2,
         operands=(2, 2),
         most=None,
         changes=True,
-        summary="writes a number of bytes at a specified offset",
+        summary="write to the disk",
         details="""\
 stores bytes in the open image: a pattern (0xcd unless -P names one), zeros or a file's
 
@@ -158,7 +168,7 @@ Example:
         operands=(2, None),
         most=None,
         changes=True,
-        summary="writes a number of bytes at a specified offset",
+        summary="write from several buffers",
         details="""\
 stores several buffers from one place on, one for each length
 
@@ -175,15 +185,15 @@ Example:
             **INVALID,
             **QUIET,
             **REGISTER,
-            "u": "with -z, allow unmapping",
-            "z": "write zeroes without sending them",
+            **_UNMAP,
+            **_ZEROES,
             **_FILL,
         },
         least=2,
         operands=(2, None),
         most=None,
         changes=True,
-        summary="asynchronously writes a number of bytes",
+        summary="write in the background",
         details="""\
 starts a write like writev's and goes on at once
 
@@ -202,7 +212,7 @@ Example:
         operands=(2, 2),
         most=None,
         changes=True,
-        summary="discards a number of bytes at a specified offset",
+        summary="give up a range of the disk",
         details="""\
 tells the image that a range is of no more use
 

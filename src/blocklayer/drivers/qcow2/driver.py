@@ -263,7 +263,7 @@ class Qcow2Driver(Qcow2Maker):
         header = self.image.header
         return DriverInfo(
             cluster_size=self.image.geometry.cluster_size,
-            vm_state_offset=align_up(self.size, self.image.geometry.l1_entry_span),
+            vm_state_offset=self._vm_state_offset,
             dirty=self.dirty,
             encrypted=header.crypt_method != qcow2_header.CRYPT_NONE,
             snapshots=[_snapshot_info(snapshot) for snapshot in self.image.snapshots],
@@ -435,6 +435,16 @@ class Qcow2Driver(Qcow2Maker):
                 return await do(Snapshots(self.image, self.mapping, self.writer))
         except CorruptionError as error:
             raise await self._signal(error) from None
+
+    @property
+    def _vm_state_offset(self) -> int:
+        return align_up(self.size, self.image.geometry.l1_entry_span)
+
+    async def prepare_vm_state(self, length: int) -> int:
+        """Let the L1 table reach behind the disk."""
+        if length:
+            await self.resizer.reach(self._vm_state_offset + length)
+        return self._vm_state_offset
 
     async def check(self, repair: frozenset[str]) -> CheckResult:
         """Compare refcounts with references, and mend them."""

@@ -73,7 +73,20 @@ class Resizer:
 
     async def _grow(self, old: int, size: int, preallocation: str) -> None:
         image = self._image
-        needed = image.geometry.l1_entries(size)
+        await self.reach(size)
+        await self._drop_tables(image.geometry.l1_entries(old))
+        await self._clear_exposed(old, size)
+        if preallocation != "off":
+            await self.preallocate(align_up(old, self._size), size, preallocation)
+        async with image.lock:
+            await flushing.flush(image)
+            await image.update_header(size=size)
+            image.node.mapping_changed()
+
+    async def reach(self, end: int) -> None:
+        """Have an L1 table that can map everything before ``end``."""
+        image = self._image
+        needed = image.geometry.l1_entries(end)
         if needed * 8 > MAX_L1_TABLE_SIZE:
             raise UsageError(
                 f"The image size is too large for cluster size {self._size} "
@@ -83,13 +96,15 @@ class Resizer:
             await self._writer.begin()
             if needed > len(image.l1):
                 await self.grow_l1(needed)
-        await self._clear_exposed(old, size)
-        if preallocation != "off":
-            await self.preallocate(align_up(old, self._size), size, preallocation)
-        async with image.lock:
-            await flushing.flush(image)
-            await image.update_header(size=size)
-            image.node.mapping_changed()
+
+    async def _drop_tables(self, kept: int) -> None:
+        """Give up all L2 tables from index ``kept`` on: behind the disk lies VM state."""
+        image = self._image
+        for l1_index in range(kept, len(image.l1)):
+            if image.l1[l1_index]:
+                async with image.lock:
+                    await self._writer.begin()
+                    await self._zeroer.drop_table(l1_index, Reason.ALWAYS)
 
     async def _clear_exposed(self, old: int, size: int) -> None:
         """Make ``[old, size)`` read as zeros: the rest of the last cluster, and what is below."""
@@ -200,11 +215,7 @@ class Resizer:
         start = align_up(size, self._size)
         if start < end:
             await self._zeroer.drop(start, end - start)
-        for l1_index in range(kept, len(image.l1)):
-            if image.l1[l1_index]:
-                async with image.lock:
-                    await self._writer.begin()
-                    await self._zeroer.drop_table(l1_index, Reason.ALWAYS)
+        await self._drop_tables(kept)
         async with image.lock:
             await flushing.flush(image)
             await self._shrink_l1(kept)

@@ -1,18 +1,17 @@
-"""Targets of commands that make an image from others: created, filled, removed if unfinished.
+"""Targets of operations that make an image from others: created, filled, removed if unfinished.
 
 1. Creating never overwrites what is to be read.
-2. A target that could not be finished is removed, whatever stopped it, and the user is told.
+2. A target that could not be finished is removed, whatever stopped it, and the caller is told.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from blocklayer.cli import console
 from blocklayer.errors import BlockError, UsageError
 from blocklayer.graph.create import create_image
 from blocklayer.graph.filename import storage_of
@@ -69,14 +68,18 @@ async def create_target(
 class Unfinished:
     """The time while a target is being filled; use with ``with``.
 
-    ``created``: this run made it, so that nothing is lost by removing it.
+    ``created``: this run made it, so that nothing is lost by removing it. After an error of this
+    package ``tell`` gets what is left of it.
     """
 
-    def __init__(self, filename: str, *, created: bool) -> None:
+    def __init__(
+        self, filename: str, *, created: bool, tell: Callable[[str], None] = lambda message: None
+    ) -> None:
         self.filename = filename
         self.left = f"'{filename}' is incomplete"
         """What an unfinished run leaves."""
         self._created = created
+        self._tell = tell
 
     def __enter__(self) -> Unfinished:
         return self
@@ -92,7 +95,7 @@ class Unfinished:
         if self._created and _remove(self.filename):
             self.left = f"'{self.filename}' was removed"
         if isinstance(error, BlockError):
-            console.warning(f"not finished: {self.left}")
+            self._tell(f"not finished: {self.left}")
 
 
 def _remove(filename: str) -> bool:
