@@ -25,6 +25,10 @@ class Chain(Command):
     """
 
     OPERANDS = (FILENAME,)
+    EXAMPLE = (
+        "top.qcow2",
+        "the layers of top.qcow2, what each holds, and what a commit would move",
+    )
 
     format: Format = None
     image_opts: ImageOpts = False

@@ -33,6 +33,7 @@ class Clone(Command):
         ("BASE", "the image that the clones show where they hold nothing themselves"),
         ("[NAME…]", "names of the clones"),
     )
+    EXAMPLE = ("base.qcow2 --count 3 --pattern 'vm-{:03}.qcow2'", "three overlays of base.qcow2")
 
     quiet: Quiet = False
     format: Annotated[
