@@ -161,7 +161,9 @@ def test_existing_target_is_overwritten_up_to_the_source(tmp_path: Path, qemu_im
     qemu_img("check", "ours.qcow2", cwd=tmp_path)
 
 
-@pytest.mark.parametrize("options", ["", "-c", "-o cluster_size=4k", "-o cluster_size=2M -c", "-o extended_l2=on"])
+@pytest.mark.parametrize(
+    "options", ["", "-c", "-o cluster_size=4k", "-o cluster_size=2M -c", "-o extended_l2=on"]
+)
 def test_overlay_of_a_copied_base_holds_the_top_layer_only(
     options: str, tmp_path: Path, qemu_img: Oracle
 ) -> None:
@@ -190,10 +192,16 @@ def test_compressed_sources_are_unpacked(tmp_path: Path, qemu_img: Oracle) -> No
     layered(most=4, requests=5, granularity=512),
     st.sampled_from(
         (
-            "", "-c", "-o cluster_size=512", "-o cluster_size=1M", "-m 2 -W", "-S 512",
-            "-o extended_l2=on,cluster_size=16k", "-c -o extended_l2=on",
+            "",
+            "-c",
+            "-o cluster_size=512",
+            "-o cluster_size=1M",
+            "-m 2 -W",
+            "-S 512",
+            "-o extended_l2=on,cluster_size=16k",
+            "-c -o extended_l2=on",
         )
-    ),  # fmt: skip
+    ),
 )
 def test_generated_chains(
     tmpfs: Path, qemu_img: Oracle, qemu_io: Oracle, drawn: Layered, options: str

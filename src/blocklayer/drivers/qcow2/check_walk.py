@@ -79,7 +79,7 @@ class Walk:
             for count in (_LONG_RUN_ENTRIES, _PIECE_ENTRIES)
         ]
         self._reserved = L2_RESERVED | (ZERO if geometry.extended_l2 else 0)
-        self._contradictions = Contradictions(geometry.l2_entries)
+        self._contradictions = Contradictions(geometry.l2_entries if geometry.extended_l2 else 0)
         self._bitmaps = array("Q")
         """Those of the table that is looked at, with extended L2 entries."""
         self._expected = 0

@@ -14,7 +14,7 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING
 
-from blocklayer.codec.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ClusterKind
+from blocklayer.codec.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO, ClusterKind
 from blocklayer.codec.qcow2.subclusters import (
     ALLOCATED,
     COUNT,
@@ -45,6 +45,8 @@ class SubclusterMapping(Mapping):
     def __init__(self, image: Image) -> None:
         super().__init__(image)
         self._sub_bits = image.geometry.subcluster_bits
+        # The bitmap says what reads as zeros.
+        self._bad |= ZERO
 
     async def map(self, offset: int, length: int) -> Extent:
         """The extent at ``offset``."""
@@ -214,7 +216,7 @@ class SubclusterWriter(Writer):
         return count
 
     def _held(self, guest: int, entry: int, bitmap: int) -> tuple[int, int]:
-        """The guest bytes [start, end) that the old cluster holds; (end, start) if it holds none."""
+        """The guest bytes [start, end) that the cluster holds; (end, start) if it holds none."""
         start, end = guest << self._bits, (guest + 1) << self._bits
         if entry & COMPRESSED:
             return start, end
@@ -305,6 +307,11 @@ class SubclusterZeroer(Zeroer):
         bits, sub_bits = self._bits, self._image.geometry.subcluster_bits
         if end == self._image.header.size:
             end = align_up(end, 1 << bits)
+        whole = cluster << bits >= start and (cluster + count) << bits <= end
+        alike = entries.count(entries[0]) == count and bitmaps.count(bitmaps[0]) == count
+        if whole and alike:
+            entry, bitmap = subclusters_changed(change, entries[0], bitmaps[0], ALLOCATED)
+            return array("Q", (entry,)) * count, array("Q", (bitmap,)) * count
         for number in range(count):
             base = (cluster + number) << bits
             first = max(start - base, 0) >> sub_bits
