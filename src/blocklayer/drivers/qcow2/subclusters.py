@@ -5,7 +5,8 @@
 2. A cluster that is the image's alone is written where it is: what is not allocated there, or reads
    as zeros, is filled first and shown by ``commit``. Any other is replaced by a new one, and what
    the old one holds is copied into it.
-3. One allocation settles all that a write needs of a cluster. A caller that has not committed one
+3. What a plain write can reach without a claim is never read to be written back.
+4. One allocation settles all that a write needs of a cluster. A caller that has not committed one
    must not ask for another in the same cluster; ``graph.io`` and ``jobs`` ask for whole clusters.
 """
 
@@ -158,7 +159,7 @@ class SubclusterWriter(Writer):
     async def allocate(self, offset: int, length: int) -> Allocation:
         """Set space aside for a write; see ``FormatDriver.allocate``.
 
-        The write may touch subclusters that have their data in place: it gets all it needs.
+        The write may cover subclusters that have their data in place, but starts in no such one.
         """
         image, bits = self._image, self._bits
         async with image.lock:
@@ -173,6 +174,8 @@ class SubclusterWriter(Writer):
             else:
                 host, count = await image.refcounts.allocator.allocate(count)
             end = min(offset + length, (guest + count) << bits)
+            if own:
+                end = self._before_data(offset, end, bitmaps[((end - 1) >> bits) - guest])
             start = align_down(offset, image.geometry.subcluster_size)
             stop = align_up(end, image.geometry.subcluster_size)
             if not own:
@@ -214,6 +217,15 @@ class SubclusterWriter(Writer):
             while count < len(entries) and not _is_own(entries[count]):
                 count += 1
         return count
+
+    def _before_data(self, offset: int, end: int, bitmap: int) -> int:
+        """``end``, or where the subcluster starts that it cuts, if that has its data in place.
+
+        The rest of it must not be copied: others may write it meanwhile, without a claim.
+        """
+        last = (end & ((1 << self._bits) - 1)) >> self._image.geometry.subcluster_bits
+        start = align_down(end, self._image.geometry.subcluster_size)
+        return start if bitmap >> last & 1 and start > offset else end
 
     def _held(self, guest: int, entry: int, bitmap: int) -> tuple[int, int]:
         """The guest bytes [start, end) that the cluster holds; (end, start) if it holds none."""
