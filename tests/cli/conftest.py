@@ -70,6 +70,15 @@ def _plain_images(make: Maker) -> None:
         "mixed.qcow2", "write 0 200k", "write -z 256k 64k", "write 1M 256k", "write -z 1M 64k",
         "write -c 512k 64k", "discard 1088k 64k", "write -z -u 1152k 64k",
     )  # fmt: skip
+    make.create("-f", "qcow2", "-o", "extended_l2=on", "extended.qcow2", "3M")
+    make.io(
+        "extended.qcow2", "write 3k 20k", "write 128k 64k", "write -z 130k 6k", "write -c 256k 64k",
+        "write -z 512k 70k", "write -z -u 144k 2k", "discard 2k 2k", "write 2M 300k",
+    )  # fmt: skip
+    make.create(
+        "-f", "qcow2", "-o", "extended_l2=on,preallocation=metadata", "extendedmeta.qcow2", "1M"
+    )
+    make.io("extendedmeta.qcow2", "write 130k 6k")
     make.create("-f", "qcow2", "snaps.qcow2", "1M")
     make.io("snaps.qcow2", "write 0 64k")
     make.img("snapshot", "-c", "first one", "snaps.qcow2")
@@ -85,6 +94,11 @@ def _chains(make: Maker) -> None:
     make.create("-f", "qcow2", "-F", "qcow2", "-b", "mid.qcow2", "top.qcow2", "3M")
     make.io("top.qcow2", "write 576k 64k", "write 2100k 4k")
     make.create("-f", "qcow2", "-F", "raw", "-b", "sparse.raw", "onraw.qcow2")
+    make.create(
+        "-f", "qcow2", "-o", "extended_l2=on,cluster_size=16k,preallocation=metadata",
+        "-F", "qcow2", "-b", "extended.qcow2", "extendedtop.qcow2",
+    )  # fmt: skip
+    make.io("extendedtop.qcow2", "write 135k 1k", "write -z 132k 512", "write 260k 1k")
     make.create("-u", "-f", "qcow2", "-F", "qcow2", "-b", "gone.qcow2", "orphan.qcow2", "1M")
     (make.folder / "sub").mkdir()
     make.create("-f", "qcow2", "-F", "qcow2", "-b", "../base.qcow2", "sub/mid.qcow2")

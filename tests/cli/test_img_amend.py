@@ -35,6 +35,8 @@ a.qcow2
 -f raw -o size=1M a.raw
 -o size=2M a.raw
 -o lazy_refcounts=on v2.qcow2
+-o compat=0.10 extended.qcow2
+-o extended_l2=off extended.qcow2
 -o refcount_bits=8 v2.qcow2
 -o compat=0.10,lazy_refcounts=on a.qcow2
 -o compat=0.10,refcount_bits=8 a.qcow2

@@ -36,6 +36,10 @@ create -f qcow2 -o preallocation=falloc new.qcow2 1M
 create -f qcow2 -o preallocation=full,preallocation=off,cluster_size=4k new.qcow2 1M
 create -f qcow2 -o size=2M new.qcow2
 create -f qcow2 -o nocow=off new.qcow2 1M
+create -f qcow2 -o extended_l2=on new.qcow2 1M
+create -f qcow2 -o extended_l2=on,cluster_size=16k,refcount_bits=1 new.qcow2 10M
+create -f qcow2 -o extended_l2=on,preallocation=falloc new.qcow2 1M
+create -f qcow2 -o extended_l2=on,preallocation=metadata -b a.qcow2 -F qcow2 new.qcow2 3M
 create -f qcow2 -b a.qcow2 -F qcow2 new.qcow2
 create -f qcow2 -b a.qcow2 -F qcow2 new.qcow2 3M
 create -f qcow2 -b a.qcow2 -F raw new.qcow2

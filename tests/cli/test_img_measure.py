@@ -29,6 +29,11 @@ GOOD = """
 -O qcow2 --size 1G -o preallocation=metadata
 -O qcow2 --size 1G -o preallocation=falloc
 -O qcow2 --size 1G -o preallocation=full
+-O qcow2 --size 1G -o extended_l2=on
+-O qcow2 --size 1T -o extended_l2=on,cluster_size=16k
+-O qcow2 --size 1G -o extended_l2=on,preallocation=full
+-O qcow2 extended.qcow2
+-O qcow2 -o extended_l2=on top.qcow2
 -O qcow2 --size 1G -o backing_file=x,backing_fmt=raw
 -O qcow2 --size 1G -o backing_fmt=raw
 -O qcow2 --size 1G -o size=5G
@@ -85,6 +90,8 @@ a.raw top.qcow2
 -O qcow2 -o cluster_size=3k --size 1G
 -O qcow2 -o cluster_size=1 --size 1G
 -O qcow2 -o refcount_bits=3 --size 1G
+-O qcow2 -o extended_l2=on,cluster_size=8k --size 1G
+-O qcow2 -o extended_l2=on,compat=0.10 --size 1G
 -O qcow2 -o refcount_bits=foo --size 1G
 -O qcow2 -o lazy_refcounts=maybe --size 1G
 -O qcow2 -o compat=0.10,refcount_bits=8 --size 1G

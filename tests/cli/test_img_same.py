@@ -29,6 +29,8 @@ info orphan.qcow2
 info sub/mid.qcow2
 info dirty.qcow2
 info marked.qcow2
+info extended.qcow2
+info --output=json --backing-chain extendedtop.qcow2
 info short.qcow2
 info -f raw a.qcow2
 info -f qcow2 a.qcow2
@@ -68,6 +70,9 @@ map snaps.qcow2
 map top.qcow2
 map onraw.qcow2
 map mixed.qcow2
+map extended.qcow2
+map extendedmeta.qcow2
+map extendedtop.qcow2
 map --output=json a.raw
 map --output=json sparse.raw
 map --output=json odd.raw
@@ -79,6 +84,10 @@ map --output=json full.qcow2
 map --output=json mixed.qcow2
 map --output=json top.qcow2
 map --output=json onraw.qcow2
+map --output=json extended.qcow2
+map --output=json extendedmeta.qcow2
+map --output=json extendedtop.qcow2
+map --output=json -s 131k -l 10k extended.qcow2
 map --output=json sub/top.qcow2
 map --output=json -f raw top.qcow2
 map --output=json -s 5 -l 10 mixed.qcow2
@@ -103,6 +112,9 @@ check -q a.qcow2
 check corrupt.qcow2
 check short.qcow2
 check marked.qcow2
+check extended.qcow2
+check extendedmeta.qcow2
+check --output=json extendedtop.qcow2
 check --output=json a.qcow2
 check --output=json mixed.qcow2
 check --output=json leak.qcow2
@@ -141,6 +153,11 @@ create -f qcow2 -o =x new.qcow2 1M
 create -f qcow2 -o lazy_refcounts=maybe new.qcow2 1G
 create -f qcow2 -o preallocation=x new.qcow2 1G
 create -f qcow2 -o cluster_size=5 new.qcow2 1G
+create -q -f qcow2 -o extended_l2=on,cluster_size=8k new.qcow2 1G
+create -q -f qcow2 -o extended_l2=on,compat=0.10,cluster_size=4k new.qcow2 1G
+create -q -f qcow2 -o extended_l2=on,compat=v2,refcount_bits=1,lazy_refcounts=on new.qcow2 1G
+create -q -f qcow2 -o extended_l2=maybe new.qcow2 1G
+create -q -f qcow2 -b base.qcow2 -F qcow2 -o preallocation=metadata new.qcow2
 create -f qcow2 -o cluster_size=4M new.qcow2 1G
 create -f qcow2 -o refcount_bits=5 new.qcow2 1G
 create -f qcow2 -o compat=0.10,refcount_bits=8 new.qcow2 1G

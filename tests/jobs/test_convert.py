@@ -32,6 +32,9 @@ OPTIONS = """
 -O qcow2 -o refcount_bits=64,cluster_size=4k
 -O qcow2 -o preallocation=metadata
 -O qcow2 -o preallocation=falloc
+-O qcow2 -o extended_l2=on
+-O qcow2 -o extended_l2=on,cluster_size=16k -c
+-O qcow2 -o extended_l2=on,preallocation=metadata
 -O qcow2 -t none
 -O qcow2 -T none -t writethrough
 -O raw
@@ -158,7 +161,9 @@ def test_existing_target_is_overwritten_up_to_the_source(tmp_path: Path, qemu_im
     qemu_img("check", "ours.qcow2", cwd=tmp_path)
 
 
-@pytest.mark.parametrize("options", ["", "-c", "-o cluster_size=4k", "-o cluster_size=2M -c"])
+@pytest.mark.parametrize(
+    "options", ["", "-c", "-o cluster_size=4k", "-o cluster_size=2M -c", "-o extended_l2=on"]
+)
 def test_overlay_of_a_copied_base_holds_the_top_layer_only(
     options: str, tmp_path: Path, qemu_img: Oracle
 ) -> None:
@@ -185,7 +190,18 @@ def test_compressed_sources_are_unpacked(tmp_path: Path, qemu_img: Oracle) -> No
 )
 @given(
     layered(most=4, requests=5, granularity=512),
-    st.sampled_from(("", "-c", "-o cluster_size=512", "-o cluster_size=1M", "-m 2 -W", "-S 512")),
+    st.sampled_from(
+        (
+            "",
+            "-c",
+            "-o cluster_size=512",
+            "-o cluster_size=1M",
+            "-m 2 -W",
+            "-S 512",
+            "-o extended_l2=on,cluster_size=16k",
+            "-c -o extended_l2=on",
+        )
+    ),
 )
 def test_generated_chains(
     tmpfs: Path, qemu_img: Oracle, qemu_io: Oracle, drawn: Layered, options: str

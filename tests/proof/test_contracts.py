@@ -163,6 +163,24 @@ class TestQcow2LargeClusters(TestQcow2):
         return Qcow2Target(tmpfs, {}, cluster_size=16384)
 
 
+class TestQcow2ExtendedL2(TestQcow2):
+    cluster_size: ClassVar[int] = 16384
+
+    @pytest.fixture
+    def target(self, tmpfs: Path) -> Qcow2Target:
+        target = Qcow2Target(tmpfs, LITTLE_CACHE, cluster_size=16384, extended_l2=True)
+        target.base = tmpfs / "base.raw"
+        target.base.write_bytes(bytes(3 * 16384 + 512))
+        return target
+
+
+class TestQcow2ExtendedL2Preallocated(TestQcow2ExtendedL2):
+    @pytest.fixture
+    def target(self, tmpfs: Path) -> Qcow2Target:
+        options = {"cluster_size": 16384, "extended_l2": True, "preallocation": "metadata"}
+        return Qcow2Target(tmpfs, {}, **options)
+
+
 class TestQcow2Preallocated(TestQcow2):
     @pytest.fixture
     def target(self, tmpfs: Path) -> Qcow2Target:
@@ -217,3 +235,12 @@ class TestQcow2InterleavedLargerClusters(TestQcow2):
     @pytest.fixture
     def target(self) -> InterleavingTarget:
         return InterleavingTarget({}, overlay=True, cluster_size=2048, refcount_bits=1)
+
+
+class TestQcow2InterleavedExtendedL2(TestQcow2):
+    cluster_size: ClassVar[int] = 16384
+
+    @pytest.fixture
+    def target(self) -> InterleavingTarget:
+        options = {"cluster_size": 16384, "extended_l2": True}
+        return InterleavingTarget({}, overlay=True, **options)

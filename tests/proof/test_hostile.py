@@ -32,6 +32,7 @@ BASES = {
     "wide": ("-o", "cluster_size=4k,refcount_bits=64"),
     "narrow": ("-o", "cluster_size=512,refcount_bits=1"),
     "large clusters": ("-o", "cluster_size=64k,lazy_refcounts=on"),
+    "extended L2": ("-o", "cluster_size=16k,extended_l2=on"),
 }
 
 

@@ -7,7 +7,7 @@ works, or writes are refused with a reason (R4); and the file, opened again, has
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -30,21 +30,32 @@ SIZE = 40 * KIB
 TRIES_MAX = 400
 
 Operation = Callable[[Root], Awaitable[None]]
+Effect = Callable[[Chain, int], None]
+"""What an operation does to the model, given the bytes of a cluster."""
 BEST_EFFORT = frozenset(("discard",))
 """Giving host space back may fail silently: nobody asked whether it is given back."""
 
 
-def requests(*wanted: tuple[str, int, int]) -> tuple[Operation, Callable[[Chain], None]]:
-    """The operation that sends these requests and flushes, and what it does to the model."""
-    sent = [Request(kind, offset, length, 0x5A) for kind, offset, length in wanted]
+def requests(*wanted: tuple[str, int, int]) -> tuple[Operation, Effect]:
+    """The operation that sends these requests and flushes, and what it does to the model.
+
+    Compressed ones are rounded out to whole clusters.
+    """
+
+    def sent(unit: int, size: int) -> Iterator[Request]:
+        for kind, offset, length in wanted:
+            if kind == "compress":
+                offset -= offset % unit
+                length = min(unit, size - offset)
+            yield Request(kind, offset, length, 0x5A)
 
     async def operation(root: Root) -> None:
-        for request in sent:
+        for request in sent(driver_of(root).allocation_unit, root.node.size):
             await apply(root, request)
         await root.flush()
 
-    def model(chain: Chain) -> None:
-        for request in sent:
+    def model(chain: Chain, unit: int) -> None:
+        for request in sent(unit, chain.size):
             # The space is given back, and then it reads as zeros (the whole clusters of it).
             kind = "zero" if request.kind == "discard" else request.kind
             Request(kind, request.offset, request.length, request.fill).apply(chain)
@@ -52,14 +63,14 @@ def requests(*wanted: tuple[str, int, int]) -> tuple[Operation, Callable[[Chain]
     return operation, model
 
 
-def resize(size: int) -> tuple[Operation, Callable[[Chain], None]]:
+def resize(size: int) -> tuple[Operation, Effect]:
     """Change the size, and flush."""
 
     async def operation(root: Root) -> None:
         await root.truncate(size, shrink=True)
         await root.flush()
 
-    return operation, lambda chain: chain.resize(size)
+    return operation, lambda chain, unit: chain.resize(size)
 
 
 def driver_of(root: Root) -> FormatDriver:
@@ -72,7 +83,7 @@ async def forget_backing(root: Root) -> None:
     await driver_of(root).change_backing(None)
 
 
-OPERATIONS: dict[str, tuple[Operation, Callable[[Chain], None]]] = {
+OPERATIONS: dict[str, tuple[Operation, Effect]] = {
     "write new clusters": requests(("write", 30 * KIB + 100, 5 * CLUSTER)),
     "write in place": requests(("write", 100, 2 * CLUSTER)),
     "write parts of clusters": requests(("write", 20 * KIB + 10, 20), ("write", 39 * KIB, 30)),
@@ -92,6 +103,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "wide refcounts": {"refcount_bits": 64},
     "lazy refcounts": {"lazy_refcounts": True},
+    "extended L2": {"cluster_size": 16 * KIB, "extended_l2": True},
 }
 
 
@@ -101,8 +113,9 @@ async def prepared(**options: Any) -> tuple[CrashingDisk, CrashingDisk]:
     disk = await new_image(SIZE, base=base, **options)
     root = await take(disk)
     await root.write(0, b"\x11" * (10 * CLUSTER))
-    for cluster in (50, 51):
-        await root.write_compressed(cluster * CLUSTER, b"\x22" * CLUSTER)
+    unit = driver_of(root).allocation_unit
+    for cluster in {50 * CLUSTER // unit, 51 * CLUSTER // unit}:
+        await root.write_compressed(cluster * unit, b"\x22" * unit)
     await root.write_zeroes(15 * KIB, 2 * KIB)
     await root.close()
     disk.settle()
@@ -120,7 +133,7 @@ async def fail_once(
     old = await read_all(root)
     model = Chain(len(old))
     model.write(0, old)
-    effect(model)
+    effect(model, driver_of(root).allocation_unit)
     new = model.visible()
     versions = Versions(old)
     versions.begin(new)

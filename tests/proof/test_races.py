@@ -28,6 +28,7 @@ SHAPES: list[dict[str, Any]] = [
     {"refcount_bits": 1, "cluster_size": 1024},
     {"lazy_refcounts": True},
     {"compat": "0.10"},
+    {"cluster_size": 16384, "extended_l2": True},
 ]
 KINDS = ("write", "write", "write", "zero", "unmap", "discard", "compress", "flush", "read")
 

@@ -23,7 +23,7 @@ MIB = 1 << 20
 SIZES = (MIB, 512 * 3001, 3 * MIB + 512 * 7)
 LENGTHS = (1, 512, 4096, 65536, 300000)
 
-geometries = st.fixed_dictionaries(
+standard = st.fixed_dictionaries(
     {
         "cluster_size": st.sampled_from((512, 1024, 4096, 65536, 2 * MIB)),
         "refcount_bits": st.sampled_from((1, 2, 4, 8, 16, 32, 64)),
@@ -31,6 +31,16 @@ geometries = st.fixed_dictionaries(
         "compat": st.sampled_from(("1.1", "1.1", "0.10")),
     }
 ).map(lambda g: g if g["compat"] == "1.1" else g | {"refcount_bits": 16, "lazy_refcounts": "off"})
+extended = st.fixed_dictionaries(
+    {
+        "cluster_size": st.sampled_from((16384, 65536, 2 * MIB)),
+        "refcount_bits": st.sampled_from((1, 16)),
+        "lazy_refcounts": st.sampled_from(("off", "on")),
+        "compat": st.just("1.1"),
+        "extended_l2": st.just("on"),
+    }
+)
+geometries: st.SearchStrategy[dict[str, Any]] = st.one_of(standard, standard, extended)
 
 options = st.fixed_dictionaries(
     {},

@@ -50,10 +50,10 @@ def test_preallocated_growth(tmpfs: Path, qemu_img: Oracle, mode: str, cluster_s
 
 
 def test_growth_hides_a_longer_backing_file(tmpfs: Path, qemu_img: Oracle) -> None:
-    for compat in ("0.10", "1.1"):
+    for options in ("compat=0.10", "compat=1.1", "extended_l2=on"):
         base, over = tmpfs / "base", tmpfs / "over"
         base.write_bytes(b"b" * (2 * MIB))
-        arguments = ("-o", f"compat={compat}", "-b", str(base), "-F", "raw")
+        arguments = ("-o", options, "-b", str(base), "-F", "raw")
         create(over, qemu_img, str(512 * KIB + 512), *arguments)
 
         async def scenario(path: Path) -> None:
@@ -67,9 +67,12 @@ def test_growth_hides_a_longer_backing_file(tmpfs: Path, qemu_img: Oracle) -> No
         sound(over, qemu_img)
 
 
-def test_what_a_shrink_cut_off_does_not_come_back(tmpfs: Path, qemu_img: Oracle) -> None:
+@pytest.mark.parametrize("extended_l2", ["off", "on"])
+def test_what_a_shrink_cut_off_does_not_come_back(
+    tmpfs: Path, qemu_img: Oracle, extended_l2: str
+) -> None:
     path = tmpfs / "a"
-    create(path, qemu_img, "4M")
+    create(path, qemu_img, "4M", "-o", f"extended_l2={extended_l2}")
 
     async def scenario(size: int) -> None:
         async with opened(path) as root:

@@ -39,6 +39,7 @@ SHAPES: dict[str, list[str]] = {
     "wide refcounts": ["refcount_bits=64", "cluster_size=512"],
     "narrow refcounts": ["refcount_bits=8", "cluster_size=2048"],
     "lazy refcounts": ["lazy_refcounts=on", "cluster_size=4096"],
+    "extended L2": ["extended_l2=on", "cluster_size=16k"],
 }
 
 
@@ -334,7 +335,8 @@ class Model:
 
     async def _request(self, kind: str, at: int, length: int) -> None:
         size = self.root.node.size
-        at = at * CLUSTER if kind == "compress" else at
+        unit = self.root.node.driver.allocation_unit  # type: ignore[attr-defined]
+        at, length = (at * unit, unit) if kind == "compress" else (at, length)
         length = min(length, size - at)
         if length <= 0:
             return
@@ -400,6 +402,7 @@ async def holds(disk: CrashingDisk, identifier: str, content: bytes, when: objec
             {"refcount_bits": 64},
             {"compat": "0.10"},
             {"lazy_refcounts": True},
+            {"extended_l2": True, "cluster_size": 16 * KIB},
         )
     ),
     st.lists(steps, max_size=25),
@@ -435,6 +438,7 @@ CRASHING: dict[str, dict[str, Any]] = {
     "version 2": {"compat": "0.10"},
     "lazy refcounts": {"lazy_refcounts": True},
     "wide refcounts": {"refcount_bits": 64},
+    "extended L2": {"extended_l2": True, "cluster_size": 16 * KIB},
 }
 
 

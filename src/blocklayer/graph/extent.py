@@ -5,6 +5,7 @@
    that the node itself stores them (a protocol driver).
 3. ``ZERO`` reads as zeros without asking anybody. With a ``host_offset`` the space is reserved.
 4. ``UNALLOCATED``: this layer has nothing; the backing child shows through, zeros past its end.
+   With a ``host_offset`` the space is reserved.
 5. ``OPAQUE``: the driver must transform the bytes (compressed, encrypted) or wants to see each
    request; it is asked each time.
 6. ``writable`` promises that a write of the whole run may go to ``host_offset`` at once, without

@@ -23,6 +23,7 @@ from blocklayer.graph.extent import Allocation, Kind
 from blocklayer.graph.filter import FilterDriver
 from blocklayer.graph.node import Node
 from blocklayer.graph.registry import PROBE_SIZE
+from blocklayer.graph.request import Claim
 from blocklayer.graph.resolve import locate, status
 from blocklayer.units import MIB, align_down, align_up
 
@@ -161,13 +162,14 @@ async def write_runs(node: Node, offset: int, view: memoryview) -> None:
 
 async def _write_allocating(driver: FormatDriver, offset: int, view: memoryview) -> int:
     """Write the start of ``view`` to new space; the answer is how many bytes were written."""
-    node, unit = driver.node, driver.allocation_unit
-    async with node.claims.claim(align_down(offset, unit), align_up(offset + len(view), unit)):
+    node = driver.node
+    async with _claimed(node, offset, offset + len(view)):
         extent = await driver.map(offset, len(view))
         if extent.writable:
             # Somebody allocated it while we waited for the claim: take the plain way.
             return 0
-        allocation = await driver.allocate(offset, min(len(view), extent.length))
+        length = min(len(view), unit_end(driver, extent.offset + extent.length) - offset)
+        allocation = await driver.allocate(offset, length)
         try:
             await _fill(node, allocation, view[: allocation.length])
             await driver.commit(allocation)
@@ -175,6 +177,21 @@ async def _write_allocating(driver: FormatDriver, offset: int, view: memoryview)
             await driver.abort(allocation)
             raise
         return allocation.length
+
+
+def _claimed(node: Node, start: int, end: int) -> Claim:
+    """A claim on all allocation units that ``[start, end)`` touches, to be entered."""
+    driver = node.driver
+    unit = driver.allocation_unit if isinstance(driver, FormatDriver) else 1
+    return node.claims.claim(align_down(start, unit), align_up(end, unit))
+
+
+def unit_end(driver: FormatDriver, offset: int) -> int:
+    """Where the allocation unit ends that the byte before ``offset`` is in.
+
+    An allocation goes on to there: one unit can have several extents, but is allocated once.
+    """
+    return align_up(offset, driver.allocation_unit)
 
 
 async def _fill(node: Node, allocation: Allocation, view: memoryview) -> None:
@@ -248,7 +265,7 @@ async def _zero_units(
     driver, unit = node.driver, node.driver.zero_alignment
     low, high = align_down(offset, unit), min(align_up(end, unit), node.size)
     # Claimed before it is looked at: a write that makes the rest of a unit non-zero waits.
-    async with node.claims.claim(low, high):
+    async with _claimed(node, low, high):
         start = low if await _is_spare(node, low, offset) else align_up(offset, unit)
         stop = high if await _is_spare(node, end, high) else align_down(end, unit)
         if not fallback and (start > offset or stop < end):
@@ -302,7 +319,7 @@ async def discard(node: Node, offset: int, length: int) -> None:
         return
     try:
         if isinstance(driver, FormatDriver):
-            async with node.claims.claim(start, stop):
+            async with _claimed(node, start, stop):
                 await driver.discard(start, stop - start)
         elif isinstance(driver, FilterDriver):
             start, stop = offset, end

@@ -79,12 +79,20 @@ async def _walk(node: Node, offset: int, length: int, holes: bool = False) -> Ru
                 return await _settle(layer, depth, extent, offset, length, holes)
             lower = layer.backing
             if lower is None or offset >= lower.size:
-                return Run(offset, length, Kind.ZERO, layer, depth, present=False)
+                return _nothing(layer, depth, extent, length)
             below, end = lower, min(offset + extent.length, lower.size)
             # It need not be asked again for each run of the layers below.
             layer.gap = (generation, offset, end, below)
         length = min(length, end - offset)
         layer, depth, reach = below, depth + 1, min(reach, below.size)
+
+
+def _nothing(layer: Node, depth: int, extent: Extent, length: int) -> Run:
+    """The run where no layer has anything; the lowest may have reserved space all the same."""
+    home = extent.child.node if extent.child is not None else None
+    return Run(
+        extent.offset, length, Kind.ZERO, layer, depth, home, extent.host_offset, present=False
+    )
 
 
 async def _settle(

@@ -84,6 +84,7 @@ class Writer:
             stop = start + min(extent.length, end - start)
             if not extent.writable:
                 assert isinstance(driver, FormatDriver)
+                stop = min(end, io.unit_end(driver, stop))
                 allocation = await driver.allocate(start, stop - start)
                 self.pending.append(allocation)
                 stop = start + allocation.length

@@ -26,12 +26,15 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     refcount_bits: int = 16
     compat: str = "1.1"
     lazy_refcounts: bool = False
+    extended_l2: bool = False
 
     def options(self) -> dict[str, object]:
         """The options of ``-o``, but for the size."""
         options: dict[str, object] = {"cluster_size": self.cluster_size, "compat": self.compat}
         if self.compat != "0.10":
             options |= {"refcount_bits": self.refcount_bits, "lazy_refcounts": self.lazy_refcounts}
+        if self.extended_l2:
+            options["extended_l2"] = True
         return options
 
     def option_text(self) -> str:
@@ -84,6 +87,8 @@ class Request(msgspec.Struct, frozen=True):
 
 _SMALL_CLUSTERS = (512, 1024, 2048, 4096)
 _LARGE_CLUSTERS = (64 * KIB, 8 * KIB, 16 * KIB, 32 * KIB, 128 * KIB, 512 * KIB, MIB, 2 * MIB)
+_EXTENDED_CLUSTERS = (16 * KIB, 16 * KIB, 64 * KIB)
+"""Those with 32 subclusters, of 512 bytes and more."""
 _REFCOUNT_BITS = (16, 1, 2, 4, 8, 32, 64)
 
 SMALL_DISK = 96 * KIB
@@ -119,16 +124,20 @@ def shapes(
     granularity: int = SECTOR,
 ) -> Shape:
     """Shapes of qcow2 images: both versions, every cluster size and refcount width."""
-    cluster_size = draw(cluster_sizes(large=large))
+    extended_l2 = draw(st.integers(0, 3)) == 3
+    cluster_size = draw(
+        st.sampled_from(_EXTENDED_CLUSTERS) if extended_l2 else cluster_sizes(large=large)
+    )
     if size is None:
         size = draw(sizes(cluster_size, granularity=granularity))
-    if draw(st.integers(0, 3)) == 3:
+    if not extended_l2 and draw(st.integers(0, 3)) == 3:
         return Shape(size=size, cluster_size=cluster_size, compat="0.10")
     return Shape(
         size=size,
         cluster_size=cluster_size,
         refcount_bits=draw(st.sampled_from(_REFCOUNT_BITS)),
         lazy_refcounts=draw(st.integers(0, 5)) == 5,
+        extended_l2=extended_l2,
     )
 
 
@@ -145,6 +154,8 @@ def borders(shape: Shape, below: Sequence[int] = ()) -> list[int]:
     per_table = cluster // 8 * cluster
     places = {0, cluster, 2 * cluster, per_table, shape.size, align_up(shape.size, cluster)}
     places |= {shape.size - cluster, shape.size // 2 // cluster * cluster, *below}
+    if shape.extended_l2:
+        places |= {cluster // 32, cluster // 8, cluster + cluster // 2, 2 * cluster - cluster // 32}
     return sorted(place for place in places if 0 <= place <= shape.size)
 
 

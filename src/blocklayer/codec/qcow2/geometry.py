@@ -37,6 +37,9 @@ class Geometry(msgspec.Struct, frozen=True):
     # offset & cluster_mask is the offset within its cluster.
     cluster_mask: int
     extended_l2: bool
+    # What is allocated or zeroed by itself: a cluster, or 1/32 of one with extended L2 entries.
+    subcluster_bits: int
+    subcluster_size: int
     # Guest data live in another file, at host offset = guest offset.
     data_file: bool
     l2_entry_size: int
@@ -72,6 +75,7 @@ class Geometry(msgspec.Struct, frozen=True):
         l2_bits = cluster_bits - l2_entry_bits
         refcount_bits = 1 << refcount_order
         block_entries = (8 << cluster_bits) >> refcount_order
+        subcluster_bits = cluster_bits - (5 if extended_l2 else 0)
         compressed_offset_bits = 62 - (cluster_bits - 8)
         return cls(
             version=version,
@@ -79,6 +83,8 @@ class Geometry(msgspec.Struct, frozen=True):
             cluster_size=1 << cluster_bits,
             cluster_mask=(1 << cluster_bits) - 1,
             extended_l2=extended_l2,
+            subcluster_bits=subcluster_bits,
+            subcluster_size=1 << subcluster_bits,
             data_file=data_file,
             l2_entry_size=1 << l2_entry_bits,
             l2_bits=l2_bits,

@@ -20,6 +20,7 @@ from blocklayer.codec.qcow2.entries import (
     load_table,
     store_table,
 )
+from blocklayer.codec.qcow2.subclusters import load_l2_table, store_l2_table
 from blocklayer.drivers.qcow2.check_image import CheckedImage, StoredRefcounts
 from blocklayer.drivers.qcow2.recount import WINDOW_BITS
 from blocklayer.errors import BlockError
@@ -65,7 +66,7 @@ async def _check_table(
     geometry = image.geometry
     fix = fix and image.may_write_table(offset)
     data = await image.storage.read(offset, geometry.cluster_size)
-    table = load_table(data)
+    table, bitmaps = load_l2_table(data, geometry)
     window_bits, sound = geometry.cluster_bits + WINDOW_BITS, image.sound_windows
     faults = 0
     for index, entry in enumerate(table):
@@ -82,7 +83,7 @@ async def _check_table(
             table[index] = right
             faults += 1
     if fix and faults:
-        await image.write(offset, store_table(table))
+        await image.write(offset, store_l2_table(table, bitmaps))
 
 
 async def _flagged(image: CheckedImage, stored: StoredRefcounts, entry: int) -> int | None:

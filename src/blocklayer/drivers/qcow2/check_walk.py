@@ -13,6 +13,7 @@ Public:
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Sequence
 from typing import Final
 
@@ -31,7 +32,9 @@ from blocklayer.codec.qcow2.entries import (
 )
 from blocklayer.codec.qcow2.geometry import MAX_L1_TABLE_SIZE
 from blocklayer.codec.qcow2.snapshots import Snapshot, decode_table, table_size_bound
+from blocklayer.codec.qcow2.subclusters import ALLOCATED, bitmap_problem
 from blocklayer.codec.qcow2.validation import full_disk_encryption_area
+from blocklayer.drivers.qcow2.check_bitmaps import Contradictions
 from blocklayer.drivers.qcow2.check_image import CheckedImage, StoredRefcounts
 from blocklayer.drivers.qcow2.recount import COPIED_REFERENCE, SHARED_REFERENCE
 from blocklayer.errors import BlockError, CorruptionError, FormatError
@@ -75,6 +78,10 @@ class Walk:
             (count, _ones(count), _ordinals(count) << geometry.cluster_bits)
             for count in (_LONG_RUN_ENTRIES, _PIECE_ENTRIES)
         ]
+        self._reserved = L2_RESERVED | (ZERO if geometry.extended_l2 else 0)
+        self._contradictions = Contradictions(geometry.l2_entries if geometry.extended_l2 else 0)
+        self._bitmaps = array("Q")
+        """Those of the table that is looked at, with extended L2 entries."""
         self._expected = 0
         # In an image that is whole, a table is used once by the disk and once by each snapshot.
         self._tables_left = image.file_clusters * (1 + image.header.nb_snapshots)
@@ -146,7 +153,10 @@ class Walk:
             for index, entry in enumerate(l1_entries[start:stop]):
                 self._refer_table(entry)
                 table = bytes(data[index * cluster_size : (index + 1) * cluster_size])
-                await self._count_table(table, offset + index * cluster_size)
+                if image.geometry.extended_l2:
+                    await self._count_extended(table, offset + index * cluster_size)
+                else:
+                    await self._count_table(table, offset + index * cluster_size)
             start = stop
 
     def _refer_table(self, l1_entry: int) -> None:
@@ -196,6 +206,20 @@ class Walk:
             start = position = position + run if run else end
         await self._count_lone(lone, data, start, size, table_offset)
 
+    async def _count_extended(self, data: bytes, table_offset: int) -> None:
+        """One L2 table of extended entries: as others, if no bitmap contradicts its entry."""
+        words = memoryview(data).cast("Q")
+        entries, bitmaps = words[::2].tobytes(), words[1::2].tobytes()
+        self._bitmaps = load_table(bitmaps)
+        if not self._contradictions.any(entries, bitmaps):
+            await self._count_table(entries, table_offset)
+            return
+        self._expected = 0
+        for index, entry in enumerate(load_table(entries)):
+            contradicts = bitmap_problem(entry, self._bitmaps[index]) is not None
+            if contradicts or (entry and not self._count_plain((entry,))):
+                await self._count_odd_or_repair(entry, index, table_offset)
+
     async def _count_lone(
         self, lone: list[bytes], data: bytes, start: int, end: int, table_offset: int
     ) -> None:
@@ -220,8 +244,7 @@ class Walk:
             if not self._count_plain(tuple(filter(None, words))):
                 for index, entry in enumerate(words):
                     if entry and not self._count_plain((entry,)):
-                        place = table_offset + at + index * 8
-                        await self._count_odd_or_repair(entry, place, table_offset)
+                        await self._count_odd_or_repair(entry, at // 8 + index, table_offset)
             at += len(piece)
 
     def _count_run(self, data: bytes, at: int, end: int | None = None) -> int:
@@ -279,13 +302,14 @@ class Walk:
             image.recount.add_all(shared, SHARED_REFERENCE if self._active else 0)
         return True
 
-    async def _count_odd_or_repair(self, entry: int, place: int, table_offset: int) -> None:
+    async def _count_odd_or_repair(self, entry: int, index: int, table_offset: int) -> None:
         """An entry that is not plain. A zero cluster with a broken offset can do without it."""
         image = self.image
         host = entry & OFFSET_MASK
+        has_data = self._has_data(entry, index)
         if (
             "errors" in image.repair
-            and entry & ZERO
+            and not has_data
             and not entry & (COMPRESSED | L2_RESERVED)
             and host & image.geometry.cluster_mask
             and image.may_write_table(table_offset)
@@ -294,24 +318,45 @@ class Walk:
                 f"Repairing offset={host:x}: Preallocated cluster is not properly aligned; "
                 "L2 entry corrupted."
             )
-            await image.write(place, ZERO.to_bytes(8, "big"))
+            place = table_offset + index * image.geometry.l2_entry_size
+            # What reads as zeros of a cluster with subclusters, the bitmap goes on to say.
+            mended = 0 if image.geometry.extended_l2 else ZERO
+            await image.write(place, mended.to_bytes(8, "big"))
             image.result.corruptions_fixed += 1
             return
-        self._count_odd(entry)
+        self._count_odd(entry, index, has_data)
 
-    def _count_odd(self, entry: int) -> None:
+    def _has_data(self, entry: int, index: int) -> bool:
+        """Whether the cluster of a standard entry holds any data, as far as its table says."""
+        if self.image.geometry.extended_l2:
+            return bool(self._bitmaps[index] & ALLOCATED)
+        return not entry & ZERO
+
+    def _count_odd(self, entry: int, index: int, has_data: bool) -> None:
         """An entry that is compressed, zero, broken, or points past the end of the file."""
         image, geometry = self.image, self.image.geometry
         if entry & COMPRESSED:
+            if geometry.extended_l2 and self._bitmaps[index]:
+                image.corruption(
+                    f" compressed cluster {index} with non-zero subcluster allocation bitmap, "
+                    f"entry={entry:#x}"
+                )
+                return
             self._count_compressed(entry)
             return
-        if entry & L2_RESERVED:
+        if entry & self._reserved:
             image.corruption(f" found l2 entry with reserved bits set: {entry:x}")
         host = entry & OFFSET_MASK
+        if geometry.extended_l2 and bitmap_problem(entry, self._bitmaps[index]) is not None:
+            image.corruption(
+                f" offset={host:x}: Allocated cluster has corrupted subcluster allocation bitmap"
+                if host
+                else ": Unallocated cluster has non-zero subcluster allocation map"
+            )
         if not host:
             return
         if host & geometry.cluster_mask:
-            kind = "Preallocated" if entry & ZERO else "Data"
+            kind = "Data" if has_data else "Preallocated"
             image.corruption(
                 f" offset={host:x}: {kind} cluster is not properly aligned; L2 entry corrupted."
             )

@@ -28,11 +28,13 @@ from blocklayer.codec.qcow2.geometry import MAX_REFCOUNT_TABLE_SIZE, Geometry
 from blocklayer.codec.qcow2.header import (
     COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSION_ZSTD,
+    INCOMPATIBLE_EXTENDED_L2,
     MAX_BACKING_FILE_SIZE,
     ImageHeader,
 )
 from blocklayer.codec.qcow2.refcounts import TYPECODES, encode_block
-from blocklayer.errors import UnsupportedError, UsageError
+from blocklayer.codec.qcow2.subclusters import store_l2_table
+from blocklayer.errors import UsageError
 from blocklayer.graph import io
 from blocklayer.graph.options import CreateOptions, Size
 from blocklayer.units import KIB, MIB, SECTOR, align_up, is_power_of_two
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 _MIN_CLUSTER_SIZE: Final = 512
 _MAX_CLUSTER_SIZE: Final = 2 * MIB
+_MIN_EXTENDED_L2_CLUSTER: Final = 16 * KIB
 _MAX_REFCOUNT_BITS: Final = 64
 _CHUNK: Final = MIB
 _VERSIONS: Final = {None: 3, "0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
@@ -86,13 +89,12 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
             self.cluster_size.bit_length() - 1,
             version=self.version,
             refcount_order=self.refcount_bits.bit_length() - 1,
+            extended_l2=self.extended_l2,
         )
 
     def validate(self) -> None:
         """Raise UsageError unless an image can be made like this."""
         self.validate_units()
-        if self.extended_l2:
-            raise UnsupportedError("Images with extended L2 tables cannot be created")
         if self.version < 3:
             self._validate_version_2()
         self._validate_backing()
@@ -112,6 +114,11 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
                 f"Cluster size must be a power of two between {_MIN_CLUSTER_SIZE} and "
                 f"{_MAX_CLUSTER_SIZE // KIB}k"
             )
+        if self.extended_l2 and self.version >= 3 and self.cluster_size < _MIN_EXTENDED_L2_CLUSTER:
+            raise UsageError(
+                "Extended L2 entries are only supported with cluster sizes of at least "
+                f"{_MIN_EXTENDED_L2_CLUSTER} bytes"
+            )
         if not is_power_of_two(self.refcount_bits) or self.refcount_bits > _MAX_REFCOUNT_BITS:
             raise UsageError(
                 "Refcount width must be a power of two and may not exceed "
@@ -120,6 +127,8 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
 
     def _validate_version_2(self) -> None:
         newer = "compatibility level 1.1 and above (use version=v3 or greater)"
+        if self.extended_l2:
+            raise UsageError(f"Extended L2 entries are only supported with {newer}")
         if self.refcount_bits != 16:
             raise UsageError(
                 "Different refcount widths than 16 bits require compatibility level 1.1 or above "
@@ -137,7 +146,7 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
             if self.backing_fmt:
                 raise UsageError("Backing format cannot be used without backing file")
             return
-        if self.preallocation not in (None, "off"):
+        if self.preallocation not in (None, "off") and not self.extended_l2:
             raise UsageError(
                 "Backing file and preallocation can only be used at the same time if "
                 "extended_l2 is on"
@@ -246,6 +255,7 @@ def new_header(options: Qcow2CreateOptions, layout: Layout) -> ImageHeader:
         l1_table_offset=layout.l1_offset,
         refcount_table_offset=layout.table_offset,
         refcount_table_clusters=layout.table_clusters,
+        incompatible_features=INCOMPATIBLE_EXTENDED_L2 if options.extended_l2 else 0,
         compatible_features=COMPATIBLE_LAZY_REFCOUNTS if options.lazy_refcounts else 0,
         refcount_order=layout.geometry.refcount_order,
         backing_file=options.backing_file,
@@ -325,7 +335,9 @@ async def _write_mapping(target: Node, layout: Layout) -> None:
             layout.data_offset + (start << geometry.cluster_bits), count, geometry.cluster_size
         )
         offset = layout.l2_offset + start * geometry.l2_entry_size
-        await io.write(target, offset, store_table(entries))
+        # Of a preallocated cluster no subcluster has data: what is below shows through.
+        bitmaps = array("Q", bytes(8 * count)) if geometry.extended_l2 else None
+        await io.write(target, offset, store_l2_table(entries, bitmaps))
 
 
 def _run(offset: int, count: int, cluster_size: int) -> array[int]:

@@ -124,7 +124,6 @@ class Qcow2Driver(Qcow2Maker):
 
     def _check_supported(self, header: ImageHeader) -> None:
         features = {
-            "extended L2 entries": header.extended_l2,
             "an external data file": header.has_data_file,
             "encryption": header.crypt_method != qcow2_header.CRYPT_NONE,
         }
@@ -143,14 +142,24 @@ class Qcow2Driver(Qcow2Maker):
         settings = Settings.make(options, node.flags, header, Geometry.of(header))
         self.image = image = Image(node, storage, header, settings)
         self.stored_bitmaps = StoredBitmaps(image)
-        self.mapping = Mapping(image)
-        self.writer = Writer(image, self.mapping)
-        self.zeroer = Zeroer(image, self.mapping, self.writer)
+        if header.extended_l2:
+            from blocklayer.drivers.qcow2.subclusters import (
+                SubclusterMapping,
+                SubclusterWriter,
+                SubclusterZeroer,
+            )
+
+            self.mapping = SubclusterMapping(image)
+            self.writer = SubclusterWriter(image, self.mapping)
+            self.zeroer = SubclusterZeroer(image, self.mapping, self.writer)
+        else:
+            self.mapping = Mapping(image)
+            self.writer = Writer(image, self.mapping)
+            self.zeroer = Zeroer(image, self.mapping, self.writer)
         self.compressor = Compressor(image, self.mapping, self.writer)
         self.resizer = Resizer(image, self.mapping, self.writer, self.zeroer)
         self.allocation_unit = header.cluster_size
-        self.zero_alignment = header.cluster_size
-        self.discard_alignment = header.cluster_size
+        self.zero_alignment = self.discard_alignment = image.geometry.subcluster_size
 
     async def _load_snapshots(self) -> None:
         image, count = self.image, self.image.header.nb_snapshots

@@ -116,8 +116,11 @@ class Mapping:
         # A hole or two is not worth asking for; QEMU asks from the same numbers on.
         return await image.refcounts.exceed(max(clusters * 10 // 9, clusters + 2) - 1)
 
-    async def _run(self, first: int, need: int, entry: int, step: int) -> int:
-        """How many clusters from ``first`` on are mapped alike, ``need`` at most."""
+    async def _run(self, first: int, need: int, entry: int, step: int, bitmap: int = 0) -> int:
+        """How many clusters from ``first`` on are mapped alike, ``need`` at most.
+
+        ``first`` itself has ``entry`` and ``bitmap``.
+        """
         image = self._image
         cache, end, cluster, loads = image.slices, first + need, first, 0
         while cluster < end:
@@ -126,7 +129,7 @@ class Mapping:
             wanted = entry + (cluster - first) * step
             if found is None:
                 if not image.l2_table(cluster >> self._l2_bits):
-                    if entry:
+                    if entry or bitmap:
                         break
                     cluster = self._unmapped_end(cluster, end)
                     continue
@@ -137,6 +140,8 @@ class Mapping:
                 if found is None:
                     break
             if found.entries[index] != wanted:
+                break
+            if found.bitmaps is not None and found.bitmaps[index] != bitmap:
                 break
             stop = found.run_end(index, step)
             cluster += stop - index

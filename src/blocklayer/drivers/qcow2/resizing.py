@@ -39,6 +39,7 @@ class Resizer:
         self._zeroer = zeroer
         self._bits = image.geometry.cluster_bits
         self._size = image.geometry.cluster_size
+        self._unit = image.geometry.subcluster_size
 
     async def truncate(self, size: int, *, preallocation: str, shrink: bool) -> None:
         """Change the disk's size; see ``Driver.truncate``."""
@@ -62,7 +63,8 @@ class Resizer:
                 )
             await self._shrink(size)
         else:
-            if preallocation != "off" and self._hides():
+            extended = image.geometry.extended_l2
+            if preallocation != "off" and self._hides() and not extended:
                 raise UnsupportedError(
                     "Preallocation of a grown area is not supported beside a backing file"
                 )
@@ -109,10 +111,12 @@ class Resizer:
     async def _clear_exposed(self, old: int, size: int) -> None:
         """Make ``[old, size)`` read as zeros: the rest of the last cluster, and what is below."""
         backing = self._image.node.backing
-        start = align_down(old, self._size)
+        exposes = backing is not None and backing.size > old
+        start = align_down(old, self._unit)
         if start < old:
-            await self._clear_tail(start, old, backing is not None and backing.size > old)
+            await self._clear_tail(start, old, exposes)
         start = align_up(old, self._size)
+        await self._clear_rest(align_up(old, self._unit), start, exposes)
         if backing is None or backing.size <= start:
             return
         end = min(align_up(size, self._size), align_up(backing.size, self._size))
@@ -124,19 +128,29 @@ class Resizer:
             await self._writer.write_cluster(start, io.zeros(step))
             start += step
 
+    async def _clear_rest(self, start: int, end: int, exposes: bool) -> None:
+        """Let the last cluster's subclusters past the old size read as zeros."""
+        at = start
+        while at < end:
+            extent = await self._mapping.map(at, end - at)
+            if extent.kind is not Kind.ZERO and (extent.kind is not Kind.UNALLOCATED or exposes):
+                await self._zeroer.zero(start, end - start, unmap=False)
+                return
+            at += extent.length
+
     async def _clear_tail(self, start: int, old: int, exposes: bool) -> None:
-        """Zero what the cluster that the old size ends in holds past it."""
-        extent = await self._mapping.map(start, self._size)
+        """Zero what the cluster (or subcluster) that the old size ends in holds past it."""
+        extent = await self._mapping.map(start, self._unit)
         if extent.kind is Kind.ZERO or (extent.kind is Kind.UNALLOCATED and not exposes):
             return
         if extent.writable and extent.host_offset is not None:
             inside = old - start
             await self._image.storage.write(
-                extent.host_offset + inside, io.zeros(self._size - inside)
+                extent.host_offset + inside, io.zeros(self._unit - inside)
             )
             return
         kept = await io.read(self._image.node, start, old - start)
-        await self._writer.write_cluster(start, kept + bytes(self._size - len(kept)))
+        await self._writer.write_cluster(start, kept + bytes(self._unit - len(kept)))
 
     async def preallocate(self, start: int, end: int, mode: str) -> None:
         """Give every unallocated cluster of ``[start, end)`` space that reads as zeros."""
@@ -160,7 +174,9 @@ class Resizer:
                     part = min(count, len(found.entries) - index)
                     first = COPIED | (host << bits)
                     entries = array("Q", range(first, first + (part << bits), self._size))
-                    self._writer.publish(found, index, cluster, entries)
+                    # Subclusters that hide what is below go on doing so.
+                    _, bitmaps = found.part(index, part)
+                    self._writer.publish(found, index, cluster, entries, bitmaps=bitmaps)
                     cluster, host, count = cluster + part, host + part, count - part
 
     async def _reserve(self, offset: int, length: int, mode: str) -> None:
@@ -212,7 +228,7 @@ class Resizer:
             image.node.mapping_changed()
         kept = geometry.l1_entries(size)
         end = min(kept * geometry.l1_entry_span, align_up(old, self._size))
-        start = align_up(size, self._size)
+        start = align_up(size, self._unit)
         if start < end:
             await self._zeroer.drop(start, end - start)
         await self._drop_tables(kept)

@@ -1,5 +1,7 @@
 """The cache of L2 tables, in slices: native arrays of entries, and which are to be written.
 
+With extended L2 entries, each entry has its subcluster bitmap beside it, in an array of its own.
+
 1. A slice is known by its number in the guest's address space, wherever its table lies.
 2. Looking one up may read it, and drop others that are clean, but never writes: so ``map`` needs no
    lock. Slices become dirty only in ``modify``, with the image's lock held; that keeps one slice's
@@ -15,11 +17,13 @@ import re
 from array import array
 from typing import TYPE_CHECKING, Final
 
-from blocklayer.codec.qcow2.entries import COMPRESSED, load_table, store_table
+from blocklayer.codec.qcow2.entries import COMPRESSED
+from blocklayer.codec.qcow2.subclusters import load_l2_table, store_l2_table
 from blocklayer.drivers.qcow2 import overlap
 from blocklayer.units import KIB
 
 if TYPE_CHECKING:
+    from blocklayer.codec.qcow2.geometry import Geometry
     from blocklayer.drivers.qcow2.image import Image
 
 
@@ -30,19 +34,33 @@ _READ_AHEAD: Final = 64 * KIB
 class Slice:
     """Consecutive entries of one L2 table."""
 
-    __slots__ = ("_run_end", "_run_start", "checked", "dirty", "entries", "used")
+    __slots__ = ("_run_end", "_run_start", "bitmaps", "checked", "dirty", "entries", "used")
 
-    def __init__(self, entries: array[int]) -> None:
+    def __init__(self, entries: array[int], bitmaps: array[int] | None = None) -> None:
         self.entries = entries
+        self.bitmaps = bitmaps
         self.dirty = False
         self.used = True
         self.checked = 0
         """The version of the overlap checks that the entries passed."""
         self._run_start = self._run_end = 0
 
-    def put(self, index: int, entries: array[int]) -> None:
-        """Replace the entries from ``index`` on."""
+    @classmethod
+    def empty(cls, count: int, geometry: Geometry) -> Slice:
+        """``count`` entries that hold nothing."""
+        return cls(*load_l2_table(bytes(count * geometry.l2_entry_size), geometry))
+
+    def part(self, index: int, count: int) -> tuple[array[int], array[int] | None]:
+        """``count`` entries from ``index`` on, and their bitmaps if there are any."""
+        stop = index + count
+        return self.entries[index:stop], self.bitmaps and self.bitmaps[index:stop]
+
+    def put(self, index: int, entries: array[int], bitmaps: array[int] | None) -> None:
+        """Replace the entries from ``index`` on, and their bitmaps if there are any."""
         self.entries[index : index + len(entries)] = entries
+        if self.bitmaps is not None:
+            assert bitmaps is not None
+            self.bitmaps[index : index + len(entries)] = bitmaps
         self.checked = 0
         self._run_start = self._run_end = 0
 
@@ -52,10 +70,15 @@ class Slice:
         return index + 1 < len(entries) and entries[index + 1] != entries[index] + step
 
     def run_end(self, index: int, step: int) -> int:
-        """Where the run from ``index`` on ends: entries that grow by ``step`` each (0: equal)."""
+        """Where the run from ``index`` on ends: entries that grow by ``step`` each (0: equal).
+
+        Their bitmaps are equal, too.
+        """
         if self._run_start <= index < self._run_end:
             return self._run_end
         end = _run_end(self.entries, index, step)
+        if self.bitmaps is not None and end > index + 1:
+            end = min(end, _run_end(self.bitmaps, index, 0))
         self._run_start, self._run_end = index, end
         return end
 
@@ -163,7 +186,8 @@ class SliceCache:
             # The table may have been given up, or copied elsewhere, while we read it.
             if self._place(key) == place:
                 for number, each in enumerate(keys):
-                    self._insert(each, Slice(load_table(data[number * size :][:size])))
+                    table = load_l2_table(data[number * size :][:size], self._image.geometry)
+                    self._insert(each, Slice(*table))
         finally:
             for each in keys:
                 del self._loading[each]
@@ -211,10 +235,6 @@ class SliceCache:
         self._dirty.add(key)
         return found
 
-    def add_empty(self, key: int) -> None:
-        """The slice's table was just written, all zeros: no need to read it."""
-        self._insert(key, Slice(array("Q", bytes(8 * self.entries))))
-
     async def write(self) -> None:
         """Write all dirty slices, neighbours together. What they point at must be durable."""
         image = self._image
@@ -226,7 +246,8 @@ class SliceCache:
             while keys and self._place(keys[0]) == start + len(group) * size:
                 group.append(keys.pop(0))
             image.overlap.check(start, len(group) * size, own=overlap.ACTIVE_L2)
-            data = [store_table(self.slices[key].entries) for key in group]
+            found = [self.slices[key] for key in group]
+            data = [store_l2_table(each.entries, each.bitmaps) for each in found]
             await image.storage.write(start, *data)
             for key in group:
                 self.slices[key].dirty = False

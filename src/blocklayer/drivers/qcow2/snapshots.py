@@ -37,6 +37,7 @@ from blocklayer.codec.qcow2.entries import (
 from blocklayer.codec.qcow2.geometry import MAX_L1_TABLE_SIZE
 from blocklayer.codec.qcow2.header import INCOMPATIBLE_DIRTY
 from blocklayer.codec.qcow2.snapshots import MAX_SNAPSHOTS, Snapshot, encode_table, extra_data
+from blocklayer.codec.qcow2.subclusters import load_l2_table, store_l2_table
 from blocklayer.drivers.qcow2 import flushing, overlap
 from blocklayer.drivers.qcow2.frees import Reason
 from blocklayer.drivers.qcow2.image import L1_SECTOR_ENTRIES
@@ -325,9 +326,10 @@ class Snapshots:
         offsets: list[int] = []
         runs: list[tuple[int, int]] = []
         for table in tables:
-            entries = await self._table(table)
+            found = await self._table(table)
+            entries = found.entries
             if clear:
-                await self._update_table(table, entries, clear_bits(entries, COPIED))
+                await self._update_table(table, found, clear_bits(entries, COPIED))
             batch.append(table)
             offsets.append(table)
             self._collect(entries, offsets, runs)
@@ -375,8 +377,8 @@ class Snapshots:
                 image.l1_dirty.add(index // L1_SECTOR_ENTRIES)
             if alone:
                 # What a shared table refers to is shared as well, and has no flags.
-                entries = await self._table(table)
-                await self._update_table(table, entries, await self._flagged(entries))
+                found = await self._table(table)
+                await self._update_table(table, found, await self._flagged(found.entries))
         await image.write_l1()
 
     async def _flagged(self, entries: array[int]) -> array[int]:
@@ -420,15 +422,17 @@ class Snapshots:
         length = snapshot.l1_size * 8
         return load_table(await self._image.storage.read(snapshot.l1_table_offset, length))
 
-    async def _table(self, offset: int) -> array[int]:
+    async def _table(self, offset: int) -> Slice:
         """An L2 table of the file."""
-        return load_table(await self._image.storage.read(offset, self._image.geometry.cluster_size))
+        geometry = self._image.geometry
+        data = await self._image.storage.read(offset, geometry.cluster_size)
+        return Slice(*load_l2_table(data, geometry))
 
-    async def _update_table(self, offset: int, old: array[int], new: array[int]) -> None:
-        if new != old:
+    async def _update_table(self, offset: int, old: Slice, new: array[int]) -> None:
+        if new != old.entries:
             size = self._image.geometry.cluster_size
             self._image.overlap.check(offset, size, own=_ANY_L2)
-            await self._image.storage.write(offset, store_table(new))
+            await self._image.storage.write(offset, store_l2_table(new, old.bitmaps))
 
     def _runs(self, plain: array[int]) -> Iterator[tuple[int, int]]:
         """From where to where entries that hold something name consecutive clusters."""

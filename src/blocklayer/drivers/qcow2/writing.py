@@ -31,14 +31,18 @@ if TYPE_CHECKING:
 _ALLOCATION_MAX: Final = 64 * MIB
 
 
-class _Space(msgspec.Struct, gc=False):
+class Space(msgspec.Struct, gc=False):
     """What an allocation holds: ``count`` host clusters for guest clusters from ``guest`` on."""
 
     guest: int
     host: int
     count: int
     reused: bool
-    """The clusters belonged to these guest clusters before, reading as zeros."""
+    """The clusters belonged to these guest clusters before, reading as zeros (in part)."""
+    start: int = 0
+    """With extended L2 entries: the first guest byte that the clusters hold…"""
+    end: int = 0
+    """…and the first after those that they hold."""
 
 
 class Writer:
@@ -68,7 +72,7 @@ class Writer:
             if space is None:
                 wanted = self._clusters(guest, offset, length)
                 host, count = await image.refcounts.allocator.allocate(wanted)
-                space = _Space(guest, host, count, False)
+                space = Space(guest, host, count, False)
             reads_zero = not space.reused and space.host << bits >= image.storage.size
             await image.storage.reserve((space.host + space.count) << bits)
             head = offset & (size - 1)
@@ -84,7 +88,7 @@ class Writer:
         wanted = ((offset + length - 1) >> self._bits) - guest + 1
         return min(wanted, in_table, max(1, _ALLOCATION_MAX >> self._bits))
 
-    async def _reusable(self, guest: int, offset: int, length: int) -> _Space | None:
+    async def _reusable(self, guest: int, offset: int, length: int) -> Space | None:
         """The space that the clusters have of their own already, though they read as zeros."""
         cache = self._image.slices
         found = await cache.get(guest >> cache.bits)
@@ -100,12 +104,12 @@ class Writer:
         )
         host = (entry & OFFSET_MASK) >> self._bits
         self._image.overlap.check(host << self._bits, count << self._bits)
-        return _Space(guest, host, count, True)
+        return Space(guest, host, count, True)
 
     async def commit(self, allocation: Allocation) -> None:
         """Show the allocation; see ``FormatDriver.commit``."""
         space = allocation.token
-        assert isinstance(space, _Space)
+        assert isinstance(space, Space)
         step = 1 << self._bits
         async with self._image.lock:
             await self._image.prepare()
@@ -115,15 +119,20 @@ class Writer:
                 count = min(space.count, len(found.entries) - index)
                 start = COPIED | (space.host << self._bits)
                 entries = array("Q", range(start, start + count * step, step))
-                self.publish(found, index, space.guest, entries)
+                bitmaps = self._bitmaps(space, found, index, count)
+                self.publish(found, index, space.guest, entries, bitmaps=bitmaps)
                 space.guest += count
                 space.host += count
                 space.count -= count
 
+    def _bitmaps(self, space: Space, found: Slice, index: int, count: int) -> array[int] | None:
+        """What goes beside the entries of the next ``count`` clusters of ``space``."""
+        return None
+
     async def abort(self, allocation: Allocation) -> None:
         """Give the space back; see ``FormatDriver.abort``."""
         space = allocation.token
-        assert isinstance(space, _Space)
+        assert isinstance(space, Space)
         if space.reused or not space.count:
             return
         async with self._image.lock:
@@ -142,26 +151,38 @@ class Writer:
         guest: int,
         entries: array[int],
         reason: Reason = Reason.OTHER,
+        *,
+        bitmaps: array[int] | None = None,
     ) -> None:
-        """Replace entries from guest cluster ``guest`` on; what only the old ones held goes."""
+        """Replace entries from guest cluster ``guest`` on; what only the old ones held goes.
+
+        With extended L2 entries, ``bitmaps`` go beside them (empty ones if None is given).
+        """
         old = found.entries[index : index + len(entries)]
-        if old == entries:
+        if found.bitmaps is not None:
+            if bitmaps is None:
+                bitmaps = array("Q", bytes(8 * len(entries)))
+            if old == entries and found.bitmaps[index : index + len(entries)] == bitmaps:
+                return
+        elif old == entries:
             return
         dropped = self._dropped(old, entries, guest)
-        found.put(index, entries)
+        found.put(index, entries, bitmaps)
         self._image.node.mapping_changed()
         if dropped:
             self._image.frees.add(dropped, reason)
 
     def _dropped(self, old: array[int], entries: array[int], guest: int) -> list[tuple[int, int]]:
-        if old.count(0) == len(old):
+        if old.count(0) == len(old) or old == entries:
             return []
         # A cluster that the new entry still names keeps its reference.
         kept = OFFSET_MASK | COMPRESSED
         given_up = array(
             "Q",
             (
-                0 if not (before ^ after) & kept and not before & COMPRESSED else before
+                0
+                if before == after or not ((before ^ after) & kept or before & COMPRESSED)
+                else before
                 for before, after in zip(old, entries, strict=True)
             ),
         )

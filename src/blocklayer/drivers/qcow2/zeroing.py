@@ -2,18 +2,21 @@
 
 1. What a range read before never shows again: a discarded cluster reads as zeros, or, where there
    is nothing below to hide, as an unallocated one does. Only ``empty`` lets lower layers through.
-2. Ranges are whole clusters; the last one may end at the end of the disk.
+2. Ranges are whole clusters (subclusters, with extended L2 entries); the last one may end at the
+   end of the disk.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from blocklayer.codec.qcow2.entries import COMPRESSED, OFFSET_MASK, ZERO
 from blocklayer.drivers.qcow2 import flushing, overlap
 from blocklayer.drivers.qcow2.frees import Reason
+from blocklayer.drivers.qcow2.slices import Slice
 from blocklayer.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -24,25 +27,29 @@ if TYPE_CHECKING:
 _HELD = OFFSET_MASK | COMPRESSED
 
 
-def _zero_kept(entry: int) -> int:
-    """Reads as zeros; space of its own stays, compressed data does not."""
-    return ZERO if entry & COMPRESSED else entry | ZERO
+class Change(msgspec.Struct, frozen=True):
+    """What becomes of entries."""
+
+    zero: bool
+    """Zeros are read; otherwise what is below shows through."""
+    frees: bool
+    """Space that is the entry's own goes; otherwise it stays. Compressed data goes always."""
+    held_only: bool = False
+    """What holds no data stays as it is."""
+
+    def entry(self, old: int) -> int:
+        """The entry to replace ``old``, in an image with standard entries."""
+        if self.held_only and not old & _HELD:
+            return old
+        zero = ZERO if self.zero else 0
+        return zero if self.frees or old & COMPRESSED else old | zero
 
 
-def _zero_freed(entry: int) -> int:
-    return ZERO
-
-
-def _unallocated(entry: int) -> int:
-    return 0
-
-
-def _zero_freed_if_held(entry: int) -> int:
-    return ZERO if entry & _HELD else entry
-
-
-def _zero_kept_if_held(entry: int) -> int:
-    return _zero_kept(entry) if entry & _HELD else entry
+_ZERO_KEPT = Change(zero=True, frees=False)
+_ZERO_FREED = Change(zero=True, frees=True)
+_UNALLOCATED = Change(zero=False, frees=True)
+_ZERO_FREED_IF_HELD = Change(zero=True, frees=True, held_only=True)
+_ZERO_KEPT_IF_HELD = Change(zero=True, frees=False, held_only=True)
 
 
 class Zeroer:
@@ -61,7 +68,7 @@ class Zeroer:
             await self._unallocate(offset, length)
             return
         freed = unmap and not self._image.settings.discard_no_unref
-        change = _zero_freed if freed else _zero_kept
+        change = _ZERO_FREED if freed else _ZERO_KEPT
         await self._change(offset, length, change, Reason.REQUEST)
 
     async def _unallocate(self, offset: int, length: int) -> None:
@@ -71,7 +78,7 @@ class Zeroer:
                 f"'{self._image.node.filename}' has no zero clusters (version 2) to hide "
                 "its backing file with"
             )
-        await self._change(offset, length, _unallocated, Reason.REQUEST, sparse=True)
+        await self._change(offset, length, _UNALLOCATED, Reason.REQUEST, sparse=True)
 
     def _hides(self) -> bool:
         """Whether something below would show through an unallocated cluster."""
@@ -85,35 +92,38 @@ class Zeroer:
         elif self._image.settings.discard_no_unref:
             await self._discard_kept(offset, length)
         else:
-            change = _zero_freed if hides else _zero_freed_if_held
+            change = _ZERO_FREED if hides else _ZERO_FREED_IF_HELD
             await self._change(offset, length, change, Reason.REQUEST, sparse=not hides)
 
     async def _discard_kept(self, offset: int, length: int) -> None:
         """Zero the clusters but keep their places, and hand the space in them down."""
-        end = offset + length
-        places: list[tuple[int, int]] = []
-        at = offset
-        while at < end:
-            extent = await self._mapping.map(at, end - at)
-            if extent.writable and extent.host_offset is not None:
-                places.append((extent.host_offset, extent.length))
-            at += extent.length
+        places = await self._places(offset, offset + length)
         hides = self._hides()
-        change = _zero_kept if hides else _zero_kept_if_held
+        change = _ZERO_KEPT if hides else _ZERO_KEPT_IF_HELD
         await self._change(offset, length, change, Reason.REQUEST, sparse=not hides)
         if self._image.settings.discard_request:
             for place, size in places:
                 await self._image.storage.discard(place, size)
 
+    async def _places(self, offset: int, end: int) -> list[tuple[int, int]]:
+        """Host (offset, length) of what the range has of its own."""
+        places: list[tuple[int, int]] = []
+        while offset < end:
+            extent = await self._mapping.map(offset, end - offset)
+            if extent.writable and extent.host_offset is not None:
+                places.append((extent.host_offset, extent.length))
+            offset += extent.length
+        return places
+
     async def drop(self, offset: int, length: int) -> None:
         """Let whole clusters be unallocated, whatever shows through then."""
-        await self._change(offset, length, _unallocated, Reason.ALWAYS, sparse=True)
+        await self._change(offset, length, _UNALLOCATED, Reason.ALWAYS, sparse=True)
 
     async def _change(
         self,
         offset: int,
         length: int,
-        change: Callable[[int], int],
+        change: Change,
         reason: Reason,
         *,
         sparse: bool = False,
@@ -121,8 +131,8 @@ class Zeroer:
         """Replace the entries of the range; ``sparse``: none are needed where no table is."""
         image, bits = self._image, self._bits
         cache = image.slices
-        cluster, end = offset >> bits, (offset + length + (1 << bits) - 1) >> bits
-        while cluster < end:
+        cluster, last = offset >> bits, (offset + length - 1) >> bits
+        while cluster <= last:
             # The lock is given up between slices: a large range must not stop everybody else.
             async with image.lock:
                 await self._writer.begin()
@@ -130,18 +140,29 @@ class Zeroer:
                 if sparse and not image.l2_table(table):
                     cluster = (table + 1) << image.geometry.l2_bits
                     continue
-                count = min(end - cluster, cache.entries - (cluster & cache.mask))
+                count = min(last + 1 - cluster, cache.entries - (cluster & cache.mask))
                 found = await cache.get(cluster >> cache.bits)
                 index = cluster & cache.mask
-                old = (
-                    found.entries[index : index + count] if found else array("Q", bytes(8 * count))
-                )
-                new = _mapped(change, old)
-                if new != old:
+                old = found or Slice.empty(cache.entries, image.geometry)
+                new, bitmaps = self._changed(change, old, cluster, count, offset, offset + length)
+                if (new, bitmaps) != old.part(index, count):
                     await self._writer.ensure_table(table)
                     found, index = await self._writer.entries(cluster)
-                    self._writer.publish(found, index, cluster, new, reason)
+                    self._writer.publish(found, index, cluster, new, reason, bitmaps=bitmaps)
                 cluster += count
+
+    def _changed(
+        self, change: Change, old: Slice, cluster: int, count: int, start: int, end: int
+    ) -> tuple[array[int], array[int] | None]:
+        """What to put in place of ``count`` entries from guest ``cluster`` on, and their bitmaps.
+
+        ``[start, end)`` are the guest bytes that are to change.
+        """
+        index = cluster & self._image.slices.mask
+        entries = old.entries[index : index + count]
+        if entries.count(entries[0]) == count:
+            return array("Q", (change.entry(entries[0]),)) * count, None
+        return array("Q", map(change.entry, entries)), None
 
     async def empty(self) -> None:
         """Drop all that this layer holds, tables included."""
@@ -176,9 +197,3 @@ class Zeroer:
         image.overlap.remove(overlap.ACTIVE_L2, table, geometry.cluster_size)
         image.node.mapping_changed()
         image.frees.add(runs, reason)
-
-
-def _mapped(change: Callable[[int], int], old: array[int]) -> array[int]:
-    if old.count(old[0]) == len(old):
-        return array("Q", (change(old[0]),)) * len(old)
-    return array("Q", map(change, old))
