@@ -187,3 +187,39 @@ def test_any_request_fails(kinds: tuple[str, ...]) -> None:
             assert nth < 200
 
     run(main())
+
+
+@pytest.mark.parametrize("backed", [False, True])
+@pytest.mark.parametrize("cluster_size", [512, 65536])
+def test_the_first_bitmap_and_the_last(cluster_size: int, backed: bool) -> None:
+    """The header gets the extension, and loses it; with large clusters it fills two sectors."""
+
+    async def adding(bench: Bench) -> None:
+        await bench.write(KIB, KIB, 1)
+        bitmaps.add(bench.root.node, "one", granularity=512, persistent=True)
+        await bench.write(5 * KIB, KIB, 1)
+        await bench.reopen()
+        await bench.write(7 * KIB, KIB, 1)
+        await bench.reopen()
+        await bitmaps.remove(bitmaps.find(bench.root.node, "one"))
+        await bench.write(9 * KIB, KIB, 1)
+        await bench.reopen()
+
+    async def main() -> None:
+        base = raw_disk(Request("write", 0, 50 * KIB, 0xBB).data) if backed else None
+        disk = await new_image(SIZE, base=base, cluster_size=cluster_size)
+        bench = await Bench.open(disk)
+        content = _written(await read_all(bench.root), KIB, 1)
+        bench.marks = [(0, bench.versions.copy())]
+        await adding(bench)
+        await bench.root.close()
+        relied = 0
+        states = spread(moments(disk), MOST)
+        for state in states:
+            root = await take(state.disk())
+            relied += await judge(root, {"one": content}, str(state))
+            await root.close()
+        assert relied > 3
+        assert await survive(bench, states) > 20
+
+    run(main())
