@@ -55,17 +55,19 @@ class StoredBitmaps:
         self._image = image
         self.entries: dict[str, BitmapEntry] = {}
         """What the directory on file says, by name."""
-        self.stale = False
-        """There are bitmaps that a writer which did not know them has made worthless."""
+
+    @property
+    def stale(self) -> bool:
+        """Whether there were bitmaps, and a writer which did not know them has been at work."""
+        header = self._image.header
+        vouched = header.autoclear_features & AUTOCLEAR_BITMAPS
+        return not vouched and header.extension(EXTENSION_BITMAPS) is not None
 
     async def read_directory(self) -> None:
         """Learn what the file holds. Raises FormatError."""
         image, header = self._image, self._image.header
         data = header.extension(EXTENSION_BITMAPS)
-        if data is None:
-            return
-        if not header.autoclear_features & AUTOCLEAR_BITMAPS:
-            self.stale = True
+        if data is None or self.stale:
             return
         try:
             extension = codec.decode_bitmaps_extension(data)
@@ -210,6 +212,10 @@ class StoredBitmaps:
         kept = [b for b in self._image.node.dirty_bitmaps.values() if b.persistent]
         if not kept:
             return
+        # The original tool puts the newest of the new ones first; a copy of all keeps their order.
+        kept.reverse()
+        places = {name: place for place, name in enumerate(self.entries)}
+        kept.sort(key=lambda bitmap: places.get(bitmap.name or "", len(places)))
         if all(bitmap.name in self.entries and not bitmap.modified for bitmap in kept):
             await self._set_in_use({b.name or "" for b in kept if b.inconsistent})
             return
@@ -317,7 +323,6 @@ class StoredBitmaps:
             raise
         old, image.bitmap_directory = image.bitmap_directory, place
         self.entries = {entry.name: entry for entry in entries}
-        self.stale = False
         image.overlap.remove(overlap.BITMAP_DIRECTORY, *old)
         image.overlap.add(overlap.BITMAP_DIRECTORY, *place)
         for first, count in freed:
