@@ -390,3 +390,86 @@ def test_amending_keeps_them(tmp_path: Path, qemu_img: Oracle) -> None:
     run(main())
     assert same_bitmaps(image)["b"][2] >= 1 << 20
     qemu_img("check", "-q", image)
+
+
+def test_reopening(tmp_path: Path, qemu_img: Oracle) -> None:
+    """Read-only: stored, and marked as such. For writing again: the same bitmaps go on."""
+    from blocklayer.graph.reopen import set_read_only
+    from blocklayer.graph.root import drained
+
+    image = tmp_path / "a.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, "1M")
+    qemu_img("bitmap", "--add", image, "b")
+
+    async def main() -> None:
+        async with opened(image) as root:
+            node = root.node
+            bitmap = bitmaps.find(node, "b")
+            await root.write(0, b"x")
+            root.taken &= 1
+            for read_only in (True, False, True, False):
+                async with drained(root.graph, node):
+                    await set_read_only(node, read_only)
+                assert bitmaps.find(node, "b") is bitmap
+                assert bitmap.read_only == read_only
+                assert node.watchers == (bitmap,)
+                info = qemu_img.json("info", "-U", "--output=json", image)
+                flags = info["format-specific"]["data"]["bitmaps"][0]["flags"]
+                assert flags == (["auto"] if read_only else ["in-use", "auto"])
+                if read_only:
+                    with pytest.raises(UsageError, match="readonly and cannot be modified"):
+                        bitmap.clear()
+            assert list(bitmap.runs()) == [(0, 64 * KIB)]
+
+    run(main())
+    assert same_bitmaps(image)["b"][2] == 64 * KIB
+
+
+@pytest.mark.parametrize("jobs", ["commit", "rebase", "convert"])
+def test_jobs_that_write_are_heard(jobs: str, tmp_path: Path, qemu_img: Oracle) -> None:
+    """Also where bytes are moved by threads, past the loop."""
+    from cli.runs import ours
+
+    base, top, other = (str(tmp_path / name) for name in ("base", "top", "other"))
+    target = {"commit": base, "rebase": top, "convert": other}[jobs]
+    commands = [
+        f"create -q -f qcow2 {base} 20M",
+        f"create -q -f qcow2 {other} 20M",
+        f"create -q -f qcow2 -b {base} -F qcow2 {top}",
+    ]
+    for command in commands:
+        qemu_img(*command.split())
+    io = require("qemu-io")
+    io("-f", "qcow2", "-c", "write -q -P 1 0 9M", other)
+    io("-f", "qcow2", "-c", "write -q -P 2 3M 5M", "-c", "write -q -z 10M 1M", top)
+    qemu_img("bitmap", "--add", target, "b")
+    before = tmp_path / "before.raw"
+    after = tmp_path / "after.raw"
+    mine = {
+        "commit": f"commit -q {top}",
+        "rebase": f"rebase -q -b {other} -F qcow2 {top}",
+        "convert": f"convert -n -O qcow2 {top} {other}",
+    }
+    for image in (before, after):
+        qemu_img("convert", "-O", "raw", target, image)
+        if image is before:
+            if jobs == "rebase":
+                # What the guest reads stays the same: compare what the layer itself is over.
+                qemu_img("rebase", "-q", "-u", "-b", other, "-F", "qcow2", target)
+                qemu_img("convert", "-O", "raw", target, image)
+                qemu_img("rebase", "-q", "-u", "-b", base, "-F", "qcow2", target)
+            assert ours(mine[jobs], tmp_path).code == 0
+    old, new = before.read_bytes(), after.read_bytes()
+
+    async def main() -> None:
+        async with opened(Path(target), read_only=True) as root:
+            bitmap = bitmaps.find(root.node, "b")
+            await bitmap.load()
+            changed = 0
+            for offset in range(0, len(new), 64 * KIB):
+                if old[offset : offset + 64 * KIB] != new[offset : offset + 64 * KIB]:
+                    changed += 1
+                    assert bitmap.is_dirty(offset), hex(offset)
+            assert changed
+
+    run(main())

@@ -106,6 +106,11 @@ class DirtyBitmap:
             self._bits = await self._loader()
             self._loader = None
 
+    def reload_with(self, loader: Callable[[], Awaitable[Bits]]) -> None:
+        """The image was opened anew: bits that were not read yet are read by ``loader``."""
+        if self._loader is not None:
+            self._loader = loader
+
     @property
     def bits(self) -> Bits:
         """The bits. To be looked at only."""

@@ -30,6 +30,7 @@ from blocklayer.errors import BlockError, FormatError, UnsupportedError
 from blocklayer.graph import bitmaps as node_bitmaps
 from blocklayer.graph.bits import Bits
 from blocklayer.graph.dirty_bitmap import DirtyBitmap, length_for
+from blocklayer.graph.driver import FormatDriver
 from blocklayer.units import GIB, MIB, SECTOR
 
 if TYPE_CHECKING:
@@ -46,6 +47,36 @@ class Qcow2BitmapInfo(msgspec.Struct, frozen=True):
     flags: list[str]
     name: str
     granularity: int
+
+
+class BitmapKeeper(FormatDriver):
+    """What the graph asks of the driver about bitmaps."""
+
+    image: Image
+    stored_bitmaps: StoredBitmaps
+
+    @property
+    def stores_bitmaps(self) -> bool:
+        """Version 3 has them."""
+        return self.image.header.version >= 3
+
+    def warnings(self) -> list[str]:
+        """Bitmaps that a foreign writer has made worthless."""
+        if not self.stored_bitmaps.stale:
+            return []
+        return [
+            f"the bitmaps in '{self.node.filename}' cannot be used: a program without support for "
+            "them has changed the image. Their space is given back by 'check -r leaks'"
+        ]
+
+    def check_bitmap_storable(self, name: str, granularity: int) -> None:
+        """Images of version 3 hold bitmaps, within limits."""
+        self.stored_bitmaps.check_storable(name, granularity)
+
+    async def remove_stored_bitmap(self, name: str) -> None:
+        """Take it out of the directory, and free its space."""
+        async with self.image.lock:
+            await self.stored_bitmaps.remove(name)
 
 
 class StoredBitmaps:
@@ -85,16 +116,24 @@ class StoredBitmaps:
         image.bitmap_directory = place
 
     def attach(self) -> None:
-        """Let the node have these bitmaps; bits are read later."""
+        """Let the node have these bitmaps; bits are read later. A node that is opened anew has them
+        already.
+        """
         node = self._image.node
+        for bitmap in node.dirty_bitmaps.values():
+            bitmap.read_only = bitmap.persistent and node.flags.read_only
         for entry in self.entries.values():
+            loader = partial(self._read_bits, entry, node.size)
+            if entry.name in node.dirty_bitmaps:
+                node.dirty_bitmaps[entry.name].reload_with(loader)
+                continue
             bitmap = DirtyBitmap(
                 node,
                 entry.name,
                 1 << entry.granularity_bits,
                 enabled=entry.auto,
                 persistent=True,
-                loader=partial(self._read_bits, entry, node.size),
+                loader=loader,
             )
             unknown = bool(entry.extra_data) and not entry.extra_data_compatible
             bitmap.inconsistent = entry.in_use or unknown
@@ -195,16 +234,6 @@ class StoredBitmaps:
                 1 << entry.granularity_bits,
             )
             for entry in self.entries.values()
-        ]
-
-    def warnings(self) -> list[str]:
-        """What a user should know about them."""
-        if not self.stale:
-            return []
-        return [
-            f"the bitmaps in '{self._image.node.filename}' cannot be used: a program without "
-            "support for them has changed the image. "
-            "Their space is given back by 'check -r leaks'"
         ]
 
     async def store(self) -> None:
