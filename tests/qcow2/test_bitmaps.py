@@ -473,3 +473,61 @@ def test_jobs_that_write_are_heard(jobs: str, tmp_path: Path, qemu_img: Oracle) 
             assert changed
 
     run(main())
+
+
+def test_from_python(tmp_path: Path) -> None:
+    import blocklayer
+
+    image, copy = tmp_path / "a.qcow2", tmp_path / "b.qcow2"
+    for path in (image, copy):
+        blocklayer.create(path, "1M")
+    with blocklayer.open(image, writable=True) as disk:
+        disk.bitmaps.add("monday", granularity=4096)
+        disk.bitmaps.add("passing", persistent=False)
+        disk.write(5000, b"x" * 5000)
+        assert disk.bitmaps.dirty("monday") == [(4096, 8192)]
+        assert disk.bitmaps.dirty("monday", 8192, 100) == [(8192, 100)]
+        disk.bitmaps.disable("monday")
+        disk.write(1 << 19, b"x")
+        assert [each.name for each in disk.bitmaps.query()] == ["passing", "monday"]
+        assert disk.bitmaps.dirty("passing") == [(0, 64 * KIB), (512 * KIB, 64 * KIB)]
+    with (
+        blocklayer.open(image) as source,
+        blocklayer.open(copy, writable=True) as disk,
+    ):
+        assert source.bitmaps.names() == ["monday"]
+        disk.bitmaps.add("sum")
+        disk.bitmaps.merge("sum", "monday", of=source)
+        assert disk.bitmaps.dirty("sum") == [(0, 64 * KIB)]
+        disk.bitmaps.clear("sum")
+        disk.bitmaps.enable("sum")
+        assert disk.bitmaps.query()[0].count == 0
+        disk.bitmaps.remove("sum")
+        assert disk.bitmaps.names() == []
+
+
+def test_no_room_to_store_them(tmp_path: Path) -> None:
+    """The disk's content is safe, the bitmaps are marked, and whoever closes it is told."""
+    import errno
+
+    from proof.crashes import new_image, take
+
+    async def main() -> None:
+        disk = await new_image(100 * KIB)
+        root = await take(disk)
+        bitmaps.add(root.node, "b", granularity=512, persistent=True)
+        await root.write(0, b"x" * 5000)
+        await root.close()
+        root = await take(disk)
+        await root.write(KIB * 50, b"y" * 5000)
+        await root.flush()
+        disk.fail(1, errno.ENOSPC, kinds=("write",), repeat=True)
+        with pytest.raises(BlockError, match="Lost persistent bitmaps of .*No space"):
+            await root.close()
+        disk.fail(0)
+        root = await take(disk)
+        assert bitmaps.find(root.node, "b").inconsistent
+        assert await root.read(KIB * 50, 5000) == b"y" * 5000
+        await root.close()
+
+    run(main())
