@@ -522,7 +522,7 @@ def test_no_room_to_store_them(tmp_path: Path) -> None:
         await root.write(KIB * 50, b"y" * 5000)
         await root.flush()
         disk.fail(1, errno.ENOSPC, kinds=("write",), repeat=True)
-        with pytest.raises(BlockError, match="Lost persistent bitmaps of .*No space"):
+        with pytest.raises(BlockError, match=r"Lost persistent bitmaps of .*No space"):
             await root.close()
         disk.fail(0)
         root = await take(disk)
@@ -531,3 +531,70 @@ def test_no_room_to_store_them(tmp_path: Path) -> None:
         await root.close()
 
     run(main())
+
+
+def test_a_table_that_names_metadata_is_not_freed(tmp_path: Path, qemu_img: Oracle) -> None:
+    image = tmp_path / "a.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, "10M")
+    qemu_img("bitmap", "--add", image, "b")
+    header, _, directory = _places(image)
+    table = int.from_bytes(image.read_bytes()[directory : directory + 8], "big")
+    _patch(image, table, struct.pack(">Q", header.l1_table_offset))
+
+    async def main() -> None:
+        with pytest.raises(BlockError, match="overlaps with active L1 table"):
+            async with opened(image) as root:
+                await bitmaps.remove(bitmaps.find(root.node, "b"))
+
+    run(main())
+    found = qemu_img("check", image, check=False)
+    assert found.returncode == 2, found.stdout
+
+
+def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qemu_img: Oracle) -> None:
+    image = tmp_path / "a.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", image, "10M")
+
+    async def main() -> None:
+        async with opened(image) as root:
+            node = root.node
+            monkeypatch.setattr(codec, "MAX_DIRECTORY_SIZE", 3 * 32)
+            for name in "abc":
+                bitmaps.add(node, name, persistent=True)
+            with pytest.raises(UnsupportedError, match="Not enough space"):
+                bitmaps.add(node, "d", persistent=True)
+            monkeypatch.setattr(codec, "MAX_BITMAPS", 3)
+            with pytest.raises(UnsupportedError, match="Maximum number"):
+                bitmaps.add(node, "d", persistent=True)
+            assert list(node.dirty_bitmaps) == ["a", "b", "c"]
+            bitmaps.add(node, "d")
+
+    run(main())
+    assert list(same_bitmaps(image)) == ["c", "b", "a"]
+
+
+def test_hundreds_of_bitmaps(tmp_path: Path, qemu_img: Oracle) -> None:
+    """The directory takes many clusters, and shrinks again."""
+    image = tmp_path / "a.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", image, "1M")
+    names = [f"checkpoint {number} {'é' * (number % 40)}" for number in range(300)]
+
+    async def add() -> None:
+        async with opened(image) as root:
+            for name in names:
+                bitmaps.add(root.node, name, granularity=512, persistent=True)
+            await root.write(5000, b"x" * 1000)
+
+    async def remove() -> None:
+        async with opened(image) as root:
+            for name in names[1:]:
+                await bitmaps.remove(bitmaps.find(root.node, name))
+
+    run(add())
+    found = same_bitmaps(image)
+    assert set(found) == set(names)
+    assert {count for _, _, count, _ in found.values()} == {1536}
+    qemu_img("check", "-q", image)
+    run(remove())
+    assert set(same_bitmaps(image)) == {names[0]}
+    qemu_img("check", "-q", image)

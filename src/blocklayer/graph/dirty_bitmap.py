@@ -174,7 +174,7 @@ class DirtyBitmap:
         old, self.size = self.size, size
         if self.inconsistent or self._loader is not None:
             return
-        length = length_for(size, self.granularity)
+        length = div_up(size, self.granularity)
         for bits in (self._bits, self._successor):
             if bits is not None:
                 bits.resize(length)
@@ -200,6 +200,11 @@ class DirtyBitmap:
                 f"Bitmap '{name}' is inconsistent and cannot be used\n"
                 "Try block-dirty-bitmap-remove to delete this bitmap from disk"
             )
+
+    def check_resize(self, size: int) -> None:
+        """Raise unless the node may have ``size`` bytes."""
+        self.check()
+        length_for(size, self.granularity)
 
     def enable(self) -> None:
         """Record what is written from now on."""

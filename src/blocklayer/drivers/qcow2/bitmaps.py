@@ -334,6 +334,7 @@ class StoredBitmaps:
         image = self._image
         place, extension = (0, 0), None
         try:
+            await image.prepare()
             freed = await self._unused(entries)
             if entries:
                 data = codec.encode_directory(entries)
@@ -372,11 +373,8 @@ class StoredBitmaps:
 
     async def _unused(self, entries: list[BitmapEntry]) -> list[tuple[int, int]]:
         """The (first, count) runs of clusters that the file's bitmaps take, and ``entries`` not."""
-        geometry = self._image.geometry
+        geometry, guard = self._image.geometry, self._image.overlap
         bits, runs = geometry.cluster_bits, []
-        if self.entries:
-            offset, length = self._image.bitmap_directory
-            runs.append((offset >> bits, geometry.cluster_count(length)))
         kept = {entry.bitmap_table_offset for entry in entries}
         for entry in self.entries.values():
             if entry.bitmap_table_offset not in kept:
@@ -384,6 +382,13 @@ class StoredBitmaps:
                 runs += [(offset >> bits, 1) for offset, _ in table if offset]
                 length = geometry.cluster_count(entry.bitmap_table_size * 8)
                 runs.append((entry.bitmap_table_offset >> bits, length))
+        for first, count in runs:
+            # What a broken table names may be something else's.
+            guard.check(first << bits, count << bits)
+        if self.entries:
+            offset, length = self._image.bitmap_directory
+            guard.check(offset, length, own=overlap.BITMAP_DIRECTORY)
+            runs.append((offset >> bits, geometry.cluster_count(length)))
         return runs
 
     async def _update_header(self, data: bytes | None) -> None:
