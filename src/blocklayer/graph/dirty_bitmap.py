@@ -158,16 +158,22 @@ class DirtyBitmap:
 
     def changed(self, offset: int, length: int) -> None:
         """A request to change the range has ended, well or not."""
-        if self._enabled and length and not self.inconsistent:
-            if offset + length > self.size:
-                # A file grows by being written to.
-                self.resized(self.node.size)
-                length = min(length, self.size - offset)
-                if length <= 0:
-                    return
-            bits = self._bits if self._successor is None else self._successor
-            if bits.set(offset >> self.shift, ((offset + length - 1) >> self.shift) + 1):
-                self.modified = True
+        if not self._enabled or not length or self.inconsistent:
+            return
+        end = offset + length
+        if end > self.size:
+            # A file grows by being written to.
+            self.resized(self.node.size)
+            end = min(end, self.size)
+            if offset >= end:
+                return
+        bits = self._bits if self._successor is None else self._successor
+        first, last = offset >> self.shift, (end - 1) >> self.shift
+        if first == last and bits.data[first >> 3] >> (first & 7) & 1:
+            # Most writes go where others went before.
+            return
+        if bits.set(first, last + 1):
+            self.modified = True
 
     def resized(self, size: int) -> None:
         """The node has ``size`` bytes now."""
