@@ -66,7 +66,13 @@ GOOD: list[tuple[list[str], dict[str, Any]]] = [
 @pytest.mark.parametrize(("arguments", "fields"), GOOD)
 def test_understood(arguments: list[str], fields: dict[str, Any]) -> None:
     found = parse(Sample, arguments, "tool sample")
-    assert msgspec.structs.replace(found, uses=[]) == Sample(**fields)
+    assert found == Sample(**fields, uses=found.uses)
+
+
+def test_uses_are_noted_in_order() -> None:
+    found = parse(Sample, ["-qfa", "x", "--format", "b", "-oc", "-q"], "tool sample")
+    wanted = [("flag", True), ("format", "a"), ("format", "b"), ("options", "c"), ("flag", True)]
+    assert found.uses == wanted
 
 
 BAD = [

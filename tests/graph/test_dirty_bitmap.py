@@ -53,19 +53,16 @@ def covered(bitmap: DirtyBitmap) -> set[int]:
 def granules(sectors: set[int], granularity: int, size: int) -> set[int]:
     """All sectors of the granules that ``sectors`` are in."""
     per = granularity // 512
-    whole = {first + at for sector in sectors for first in [sector // per * per] for at in range(per)}
+    whole = {
+        first + at for sector in sectors for first in [sector // per * per] for at in range(per)
+    }
     return {sector for sector in whole if sector * 512 < size}
 
 
+KINDS = ("write", "write", "write", "clear", "enable", "disable", "freeze", "abdicate", "reclaim")
+KINDS += ("merge", "resize", "set", "reset", "undo")
 OPERATIONS = st.lists(
-    st.tuples(
-        st.sampled_from(
-            ["write", "write", "write", "clear", "enable", "disable", "freeze", "abdicate", "reclaim", "merge", "resize", "set", "reset", "undo"]
-        ),
-        st.integers(0, 2),
-        st.integers(0, 40),
-        st.integers(1, 12),
-    ),
+    st.tuples(st.sampled_from(KINDS), st.integers(0, 2), st.integers(0, 40), st.integers(1, 12)),
     max_size=20,
 )
 

@@ -5,6 +5,7 @@ marked as in use, or it covers every byte that differs from what the disk held w
 from __future__ import annotations
 
 import errno
+import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -185,5 +186,81 @@ def test_any_request_fails(kinds: tuple[str, ...]) -> None:
             await root.close()
             nth += 1
             assert nth < 200
+
+    run(main())
+
+
+@pytest.mark.parametrize("backed", [False, True])
+@pytest.mark.parametrize("cluster_size", [512, 65536])
+def test_the_first_bitmap_and_the_last(cluster_size: int, backed: bool) -> None:
+    """The header gets the extension, and loses it; with large clusters it fills two sectors."""
+
+    async def adding(bench: Bench) -> None:
+        await bench.write(KIB, KIB, 1)
+        bitmaps.add(bench.root.node, "one", granularity=512, persistent=True)
+        await bench.write(5 * KIB, KIB, 1)
+        await bench.reopen()
+        await bench.write(7 * KIB, KIB, 1)
+        await bench.reopen()
+        await bitmaps.remove(bitmaps.find(bench.root.node, "one"))
+        await bench.write(9 * KIB, KIB, 1)
+        await bench.reopen()
+
+    async def main() -> None:
+        base = raw_disk(Request("write", 0, 50 * KIB, 0xBB).data) if backed else None
+        disk = await new_image(SIZE, base=base, cluster_size=cluster_size)
+        bench = await Bench.open(disk)
+        content = _written(await read_all(bench.root), KIB, 1)
+        bench.marks = [(0, bench.versions.copy())]
+        await adding(bench)
+        await bench.root.close()
+        relied = 0
+        states = spread(moments(disk), MOST)
+        for state in states:
+            root = await take(state.disk())
+            relied += await judge(root, {"one": content}, str(state))
+            await root.close()
+        assert relied > 3
+        assert await survive(bench, states) > 20
+
+    run(main())
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_byte_of_the_bitmaps_may_be_wrong(seed: int) -> None:
+    """Opening, reading and storing them ends in an error that says so, or in an image that is
+    sound; the disk itself stays as it is.
+    """
+    chance = random.Random(seed)
+
+    async def main() -> None:
+        disk, content = await with_bitmap()
+        root = await take(disk, writable=False)
+        image = root.node.driver.image  # type: ignore[attr-defined]
+        stored = root.node.driver.stored_bitmaps  # type: ignore[attr-defined]
+        places = [(112, 48), image.bitmap_directory]
+        places += [(e.bitmap_table_offset, 8) for e in stored.entries.values()]
+        await root.close()
+        for _ in range(chance.randint(1, 3)):
+            offset, length = chance.choice(places)
+            value = chance.choice((0, 1, 2, 0x7F, 0x80, 0xFF, chance.randrange(256)))
+            disk.pages.write(offset + chance.randrange(length), bytes([value]))
+        for writable in (False, True):
+            try:
+                root = await take(disk, writable=writable)
+            except BlockError:
+                continue
+            with suppress(BlockError):
+                await bitmaps.load(root.node.dirty_bitmaps.values())
+            assert await read_all(root) == content
+            if writable:
+                with suppress(BlockError):
+                    await root.write(0, content[:KIB])
+            with suppress(BlockError):
+                await root.close()
+        with suppress(BlockError):
+            root = await take(disk, writable=False)
+            assert await read_all(root) == content
+            await root.close()
 
     run(main())

@@ -320,13 +320,14 @@ def test_amending(backed: bool) -> None:
     run(main())
 
 
-def test_changing_the_backing_file() -> None:
+@pytest.mark.parametrize("cluster_size", [512, 65536])
+def test_changing_the_backing_file(cluster_size: int) -> None:
     """The header names the old file or the new one."""
 
     async def main() -> None:
         content = Request("write", 0, 20 * KIB, 0x77).data
         bases = [raw_disk(content), raw_disk(content)]
-        disk = await new_image(20 * KIB, base=bases[0])
+        disk = await new_image(20 * KIB, base=bases[0], cluster_size=cluster_size)
         bench = await Bench.open(disk)
         driver = bench.root.node.driver
         assert isinstance(driver, FormatDriver)

@@ -74,7 +74,11 @@ def find(node: Node, name: str) -> DirtyBitmap:
 
 
 async def remove(bitmap: DirtyBitmap) -> None:
-    """Drop a bitmap, from its image as well. One that is inconsistent may be dropped, too."""
+    """Drop a bitmap, from its image as well. One that is inconsistent may be dropped, too.
+
+    A transaction does it in two steps: ``detach``, which ``attach`` undoes, and, when all else has
+    worked, ``Driver.remove_stored_bitmap``.
+    """
     if not bitmap.inconsistent:
         bitmap.check()
     assert bitmap.name

@@ -106,6 +106,11 @@ class DirtyBitmap:
             self._bits = await self._loader()
             self._loader = None
 
+    def reload_with(self, loader: Callable[[], Awaitable[Bits]]) -> None:
+        """The image was opened anew: bits that were not read yet are read by ``loader``."""
+        if self._loader is not None:
+            self._loader = loader
+
     @property
     def bits(self) -> Bits:
         """The bits. To be looked at only."""
@@ -153,23 +158,29 @@ class DirtyBitmap:
 
     def changed(self, offset: int, length: int) -> None:
         """A request to change the range has ended, well or not."""
-        if self._enabled and length and not self.inconsistent:
-            if offset + length > self.size:
-                # A file grows by being written to.
-                self.resized(self.node.size)
-                length = min(length, self.size - offset)
-                if length <= 0:
-                    return
-            bits = self._bits if self._successor is None else self._successor
-            if bits.set(offset >> self.shift, ((offset + length - 1) >> self.shift) + 1):
-                self.modified = True
+        if not self._enabled or not length or self.inconsistent:
+            return
+        end = offset + length
+        if end > self.size:
+            # A file grows by being written to.
+            self.resized(self.node.size)
+            end = min(end, self.size)
+            if offset >= end:
+                return
+        bits = self._bits if self._successor is None else self._successor
+        first, last = offset >> self.shift, (end - 1) >> self.shift
+        if first == last and bits.data[first >> 3] >> (first & 7) & 1:
+            # Most writes go where others went before.
+            return
+        if bits.set(first, last + 1):
+            self.modified = True
 
     def resized(self, size: int) -> None:
         """The node has ``size`` bytes now."""
         old, self.size = self.size, size
         if self.inconsistent or self._loader is not None:
             return
-        length = length_for(size, self.granularity)
+        length = div_up(size, self.granularity)
         for bits in (self._bits, self._successor):
             if bits is not None:
                 bits.resize(length)
@@ -195,6 +206,11 @@ class DirtyBitmap:
                 f"Bitmap '{name}' is inconsistent and cannot be used\n"
                 "Try block-dirty-bitmap-remove to delete this bitmap from disk"
             )
+
+    def check_resize(self, size: int) -> None:
+        """Raise unless the node may have ``size`` bytes."""
+        self.check()
+        length_for(size, self.granularity)
 
     def enable(self) -> None:
         """Record what is written from now on."""

@@ -374,7 +374,7 @@ async def truncate(
     """Change the node's size; a grown area reads as zeros, also over a longer backing file."""
     node.check_writable()
     for bitmap in node.dirty_bitmaps.values():
-        bitmap.check()
+        bitmap.check_resize(size)
     async with node.claims.claim(0, max(size, node.size)):
         try:
             await node.driver.truncate(size, preallocation=preallocation, shrink=shrink)

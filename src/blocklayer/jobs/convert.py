@@ -79,7 +79,7 @@ def check_bitmap_support(target: Node) -> None:
 
 async def copy_bitmaps(source: Node, target: Node, warn: Callable[[str], None]) -> None:
     """Give ``target`` the persistent bitmaps of ``source``, but for broken ones."""
-    for bitmap in source.dirty_bitmaps.values():
+    for bitmap in reversed(source.dirty_bitmaps.values()):
         name = bitmap.name or ""
         if not bitmap.persistent:
             continue

@@ -95,8 +95,6 @@ class Bitmap(Command):
         granularity = 0
         if self.granularity is not None:
             granularity = size_argument(self.granularity, "granularity")
-        if len(self.operands) != 2:
-            raise UsageError("Expecting filename and bitmap name")
         if not steps:
             names = ", ".join(f"--{step}" for step in _STEPS[:-1])
             raise UsageError(f"Need at least one of {names}, or --{_STEPS[-1]}")
@@ -106,6 +104,8 @@ class Bitmap(Command):
             raise UsageError("-F only supported with -b")
         if self.source_file is not None and not self.merge:
             raise UsageError("Merge bitmap source file only supported with --merge")
+        if len(self.operands) != 2:
+            raise UsageError("Expecting filename and bitmap name")
         return self.operands[1], granularity
 
     def left_behind(self) -> str:

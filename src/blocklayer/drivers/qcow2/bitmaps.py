@@ -30,6 +30,7 @@ from blocklayer.errors import BlockError, FormatError, UnsupportedError
 from blocklayer.graph import bitmaps as node_bitmaps
 from blocklayer.graph.bits import Bits
 from blocklayer.graph.dirty_bitmap import DirtyBitmap, length_for
+from blocklayer.graph.driver import FormatDriver
 from blocklayer.units import GIB, MIB, SECTOR
 
 if TYPE_CHECKING:
@@ -48,6 +49,36 @@ class Qcow2BitmapInfo(msgspec.Struct, frozen=True):
     granularity: int
 
 
+class BitmapKeeper(FormatDriver):
+    """What the graph asks of the driver about bitmaps."""
+
+    image: Image
+    stored_bitmaps: StoredBitmaps
+
+    @property
+    def stores_bitmaps(self) -> bool:
+        """Version 3 has them."""
+        return self.image.header.version >= 3
+
+    def warnings(self) -> list[str]:
+        """Bitmaps that a foreign writer has made worthless."""
+        if not self.stored_bitmaps.stale:
+            return []
+        return [
+            f"the bitmaps in '{self.node.filename}' cannot be used: a program without support for "
+            "them has changed the image. Their space is given back by 'check -r leaks'"
+        ]
+
+    def check_bitmap_storable(self, name: str, granularity: int) -> None:
+        """Images of version 3 hold bitmaps, within limits."""
+        self.stored_bitmaps.check_storable(name, granularity)
+
+    async def remove_stored_bitmap(self, name: str) -> None:
+        """Take it out of the directory, and free its space."""
+        async with self.image.lock:
+            await self.stored_bitmaps.remove(name)
+
+
 class StoredBitmaps:
     """The bitmaps that the file of one image holds."""
 
@@ -55,17 +86,19 @@ class StoredBitmaps:
         self._image = image
         self.entries: dict[str, BitmapEntry] = {}
         """What the directory on file says, by name."""
-        self.stale = False
-        """There are bitmaps that a writer which did not know them has made worthless."""
+
+    @property
+    def stale(self) -> bool:
+        """Whether there were bitmaps, and a writer which did not know them has been at work."""
+        header = self._image.header
+        vouched = header.autoclear_features & AUTOCLEAR_BITMAPS
+        return not vouched and header.extension(EXTENSION_BITMAPS) is not None
 
     async def read_directory(self) -> None:
         """Learn what the file holds. Raises FormatError."""
         image, header = self._image, self._image.header
         data = header.extension(EXTENSION_BITMAPS)
-        if data is None:
-            return
-        if not header.autoclear_features & AUTOCLEAR_BITMAPS:
-            self.stale = True
+        if data is None or self.stale:
             return
         try:
             extension = codec.decode_bitmaps_extension(data)
@@ -83,16 +116,24 @@ class StoredBitmaps:
         image.bitmap_directory = place
 
     def attach(self) -> None:
-        """Let the node have these bitmaps; bits are read later."""
+        """Let the node have these bitmaps; bits are read later. A node that is opened anew has them
+        already.
+        """
         node = self._image.node
+        for bitmap in node.dirty_bitmaps.values():
+            bitmap.read_only = bitmap.persistent and node.flags.read_only
         for entry in self.entries.values():
+            loader = partial(self._read_bits, entry, node.size)
+            if entry.name in node.dirty_bitmaps:
+                node.dirty_bitmaps[entry.name].reload_with(loader)
+                continue
             bitmap = DirtyBitmap(
                 node,
                 entry.name,
                 1 << entry.granularity_bits,
                 enabled=entry.auto,
                 persistent=True,
-                loader=partial(self._read_bits, entry, node.size),
+                loader=loader,
             )
             unknown = bool(entry.extra_data) and not entry.extra_data_compatible
             bitmap.inconsistent = entry.in_use or unknown
@@ -195,21 +236,15 @@ class StoredBitmaps:
             for entry in self.entries.values()
         ]
 
-    def warnings(self) -> list[str]:
-        """What a user should know about them."""
-        if not self.stale:
-            return []
-        return [
-            f"the bitmaps in '{self._image.node.filename}' cannot be used: a program without "
-            "support for them has changed the image. "
-            "Their space is given back by 'check -r leaks'"
-        ]
-
     async def store(self) -> None:
         """The file is to hold what memory holds, none of it in use. All else is on file already."""
         kept = [b for b in self._image.node.dirty_bitmaps.values() if b.persistent]
         if not kept:
             return
+        # The original tool puts the newest of the new ones first; a copy of all keeps their order.
+        kept.reverse()
+        places = {name: place for place, name in enumerate(self.entries)}
+        kept.sort(key=lambda bitmap: places.get(bitmap.name or "", len(places)))
         if all(bitmap.name in self.entries and not bitmap.modified for bitmap in kept):
             await self._set_in_use({b.name or "" for b in kept if b.inconsistent})
             return
@@ -299,6 +334,7 @@ class StoredBitmaps:
         image = self._image
         place, extension = (0, 0), None
         try:
+            await image.prepare()
             freed = await self._unused(entries)
             if entries:
                 data = codec.encode_directory(entries)
@@ -317,7 +353,6 @@ class StoredBitmaps:
             raise
         old, image.bitmap_directory = image.bitmap_directory, place
         self.entries = {entry.name: entry for entry in entries}
-        self.stale = False
         image.overlap.remove(overlap.BITMAP_DIRECTORY, *old)
         image.overlap.add(overlap.BITMAP_DIRECTORY, *place)
         for first, count in freed:
@@ -338,11 +373,8 @@ class StoredBitmaps:
 
     async def _unused(self, entries: list[BitmapEntry]) -> list[tuple[int, int]]:
         """The (first, count) runs of clusters that the file's bitmaps take, and ``entries`` not."""
-        geometry = self._image.geometry
+        geometry, guard = self._image.geometry, self._image.overlap
         bits, runs = geometry.cluster_bits, []
-        if self.entries:
-            offset, length = self._image.bitmap_directory
-            runs.append((offset >> bits, geometry.cluster_count(length)))
         kept = {entry.bitmap_table_offset for entry in entries}
         for entry in self.entries.values():
             if entry.bitmap_table_offset not in kept:
@@ -350,6 +382,13 @@ class StoredBitmaps:
                 runs += [(offset >> bits, 1) for offset, _ in table if offset]
                 length = geometry.cluster_count(entry.bitmap_table_size * 8)
                 runs.append((entry.bitmap_table_offset >> bits, length))
+        for first, count in runs:
+            # What a broken table names may be something else's.
+            guard.check(first << bits, count << bits)
+        if self.entries:
+            offset, length = self._image.bitmap_directory
+            guard.check(offset, length, own=overlap.BITMAP_DIRECTORY)
+            runs.append((offset >> bits, geometry.cluster_count(length)))
         return runs
 
     async def _update_header(self, data: bytes | None) -> None:

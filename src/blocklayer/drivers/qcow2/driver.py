@@ -27,7 +27,7 @@ from blocklayer.codec.qcow2.snapshots import (
 )
 from blocklayer.codec.qcow2.validation import validate
 from blocklayer.drivers.qcow2 import flushing
-from blocklayer.drivers.qcow2.bitmaps import Qcow2BitmapInfo, StoredBitmaps
+from blocklayer.drivers.qcow2.bitmaps import BitmapKeeper, Qcow2BitmapInfo, StoredBitmaps
 from blocklayer.drivers.qcow2.compression import Compressor
 from blocklayer.drivers.qcow2.image import Image
 from blocklayer.drivers.qcow2.making import Qcow2Maker
@@ -71,7 +71,7 @@ class Qcow2Info(msgspec.Struct, rename="kebab", omit_defaults=True, kw_only=True
     extended_l2: bool | None = None
 
 
-class Qcow2Driver(Qcow2Maker):
+class Qcow2Driver(Qcow2Maker, BitmapKeeper):
     """One open qcow2 image."""
 
     Options = Qcow2Options
@@ -85,7 +85,6 @@ class Qcow2Driver(Qcow2Maker):
     zeroer: Zeroer
     compressor: Compressor
     resizer: Resizer
-    stored_bitmaps: StoredBitmaps
 
     @classmethod
     def probe(cls, head: bytes, filename: str) -> int:
@@ -460,24 +459,6 @@ class Qcow2Driver(Qcow2Maker):
         from blocklayer.drivers.qcow2.check import check
 
         return await check(self, repair)
-
-    @property
-    def stores_bitmaps(self) -> bool:
-        """Version 3 has them."""
-        return self.image.header.version >= 3
-
-    def warnings(self) -> list[str]:
-        """Bitmaps that a foreign writer has made worthless."""
-        return self.stored_bitmaps.warnings()
-
-    def check_bitmap_storable(self, name: str, granularity: int) -> None:
-        """Images of version 3 hold bitmaps, within limits."""
-        self.stored_bitmaps.check_storable(name, granularity)
-
-    async def remove_stored_bitmap(self, name: str) -> None:
-        """Take it out of the directory, and free its space."""
-        async with self.image.lock:
-            await self.stored_bitmaps.remove(name)
 
 
 def _snapshot_info(snapshot: Snapshot) -> SnapshotInfo:

@@ -3,9 +3,10 @@
 1. ``lock`` is held by whoever changes metadata, across its I/O. Readers of the mapping do not take
    it: they see either the state before a change or after it, since in-memory entries change
    between two awaits.
-2. ``header`` is what the first cluster of the file says. A header update is one write of the
-   sectors that differ, then a barrier. If it fails, the old header is put back; if that fails too,
-   the node is poisoned, for nobody knows any more what the file says (R4).
+2. ``header`` is what the first cluster of the file says. A header update is one write of one
+   sector or, where several differ, a sequence of writes that can be cut off anywhere, with barriers
+   between. If it fails, the old header is put back; if that fails too, the node is poisoned, for
+   nobody knows any more what the file says (R4).
 3. ``prepare`` comes before every change of metadata.
 """
 
@@ -25,6 +26,7 @@ from blocklayer.codec.qcow2.entries import (
 )
 from blocklayer.codec.qcow2.geometry import Geometry
 from blocklayer.codec.qcow2.header import INCOMPATIBLE_DIRTY, ImageHeader
+from blocklayer.codec.qcow2.rewriting import rewriting
 from blocklayer.codec.qcow2.snapshots import Snapshot
 from blocklayer.drivers.qcow2 import overlap
 from blocklayer.drivers.qcow2.frees import Frees
@@ -35,7 +37,7 @@ from blocklayer.drivers.qcow2.slices import SliceCache
 from blocklayer.drivers.qcow2.storage import Storage
 from blocklayer.errors import BlockError, CorruptionError
 from blocklayer.graph.node import Node
-from blocklayer.units import SECTOR, align_down, align_up
+from blocklayer.units import SECTOR
 
 L1_SECTOR_ENTRIES: Final = SECTOR // 8
 
@@ -164,22 +166,22 @@ class Image:
         except BlockError:
             self._restore(before)
             raise
-        start, end = _difference(old, new)
         try:
-            await self.storage.write(start, new[start:end])
-            await self.barrier()
+            for offset, data in rewriting(old, new):
+                await self.storage.write(offset, data)
+                await self.barrier()
         except BaseException:
             self._restore(before)
-            await self._write_back(start, old[start:end])
+            await self._write_back(old)
             raise
 
     def _restore(self, fields: dict[str, Any]) -> None:
         for name, value in fields.items():
             setattr(self.header, name, value)
 
-    async def _write_back(self, offset: int, old: bytes) -> None:
+    async def _write_back(self, old: bytes) -> None:
         try:
-            await self.storage.write(offset, old)
+            await self.storage.write(0, old)
             await self.barrier()
         except BlockError as error:
             self.node.poison(f"its header could be neither updated nor put back ({error})")
@@ -191,14 +193,3 @@ class Image:
             bits |= INCOMPATIBLE_DIRTY
         if bits != self.header.incompatible_features:
             await self.update_header(incompatible_features=bits)
-
-
-def _difference(old: bytes, new: bytes) -> tuple[int, int]:
-    """The sectors, first to last, in which two headers differ; at least one."""
-    start = next(
-        (i for i in range(0, len(new), SECTOR) if new[i : i + SECTOR] != old[i : i + SECTOR]), 0
-    )
-    end = len(new)
-    while end - SECTOR > start and new[end - SECTOR : end] == old[end - SECTOR : end]:
-        end -= SECTOR
-    return align_down(start, SECTOR), align_up(end, SECTOR)
