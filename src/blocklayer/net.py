@@ -14,7 +14,7 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from blocklayer.codec.addresses import (
@@ -86,7 +86,14 @@ async def listen(address: AnyAddress, names: Mapping[str, int] | None = None) ->
 
 async def accept(listener: socket.socket, address: AnyAddress) -> socket.socket:
     """The next client, with the options of ``address`` in force."""
-    sock, _ = await asyncio.get_running_loop().sock_accept(listener)
+    # The loop's own sock_accept loses the client if it is cancelled as one comes.
+    while True:
+        await wait_readable(listener.fileno())
+        try:
+            sock, _ = listener.accept()
+            break
+        except (BlockingIOError, ConnectionAbortedError):
+            continue  # it has left again
     sock.setblocking(False)
     _tune(sock, address)
     return sock
@@ -130,8 +137,7 @@ def _unix_name(address: UnixSocketAddress) -> str | bytes:
     raw = os.fsencode(address.path)
     if len(raw) > MAX_UNIX_PATH or b"\0" in raw:
         raise UsageError(
-            f"UNIX socket path '{address.path}' is too long: it must be less than "
-            f"{MAX_UNIX_PATH + 1} bytes"
+            f"UNIX socket path '{address.path}' is too long (at most {MAX_UNIX_PATH} bytes)"
         )
     if not address.abstract:
         return address.path
@@ -221,3 +227,36 @@ def _failure(problem: OSError | None, doing: str) -> StorageError:
     if problem is None:
         return StorageError(f"{doing}: the name stands for no address", errno.EADDRNOTAVAIL)
     return StorageError.from_os(problem, doing)
+
+
+async def wait_readable(descriptor: int) -> None:
+    """Wait until reading from ``descriptor`` would not; at once for a regular file."""
+    loop = asyncio.get_running_loop()
+    await _wait(descriptor, loop.add_reader, loop.remove_reader)
+
+
+async def wait_writable(descriptor: int) -> None:
+    """Wait until writing to ``descriptor`` would not; at once for a regular file."""
+    loop = asyncio.get_running_loop()
+    await _wait(descriptor, loop.add_writer, loop.remove_writer)
+
+
+async def _wait(
+    descriptor: int,
+    add: Callable[..., None],
+    remove: Callable[[int], bool],
+) -> None:
+    ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    try:
+        add(descriptor, _settle, ready)
+    except PermissionError:
+        return  # a regular file, which never waits
+    try:
+        await ready
+    finally:
+        remove(descriptor)
+
+
+def _settle(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)

@@ -98,20 +98,19 @@ def real_daemon(path: Path, *arguments: str) -> Iterator[None]:
             talk(path, [{"execute": "quit"}])
 
 
-def talk(path: Path, messages: Sequence[Message], negotiate: bool = True) -> list[dict[str, Any]]:
-    """The replies to `messages` sent at once, up to a marker's at the end."""
+def talk(path: Path, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The replies to `messages` sent at once after negotiation, up to a marker's at the end."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(HANG_TIMEOUT_S)
         sock.connect(str(path))
         file = sock.makefile("rwb")
         file.readline()
-        if negotiate:
-            file.write(as_bytes(NEGOTIATE))
-            file.flush()
-            file.readline()
+        file.write(as_bytes(NEGOTIATE))
+        file.flush()
+        file.readline()
         file.write(b"".join(map(as_bytes, messages)))
-        # After whatever was broken, a control character starts afresh.
-        file.write(b"\n" + as_bytes(MARKER))
+        # After whatever was broken, this byte starts afresh; both answer it.
+        file.write(b"\xff\n" + as_bytes(MARKER))
         file.flush()
         replies = []
         for line in file:
@@ -122,8 +121,15 @@ def talk(path: Path, messages: Sequence[Message], negotiate: bool = True) -> lis
         return replies
 
 
-async def talk_to_ours(
-    path: Path, messages: Sequence[Message], negotiate: bool = True
-) -> list[dict[str, Any]]:
-    """As `talk`, with a server in this process."""
-    return await asyncio.to_thread(talk, path, messages, negotiate)
+def talk_in_turn(path: Path, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The greeting's capabilities, and the reply to each message before the next one is sent."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(HANG_TIMEOUT_S)
+        sock.connect(str(path))
+        file = sock.makefile("rwb")
+        replies = [{"capabilities": json.loads(file.readline())["QMP"]["capabilities"]}]
+        for message in messages:
+            file.write(as_bytes(message))
+            file.flush()
+            replies.append(json.loads(file.readline()))
+        return replies

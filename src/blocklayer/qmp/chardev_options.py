@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, UnsetType
 
 from blocklayer.codec.addresses import (
     AnyAddress,
@@ -29,8 +29,6 @@ from blocklayer.errors import UsageError
 from blocklayer.graph.options import decode, parse_pairs
 from blocklayer.qmp.shapes import DEPRECATED
 
-UInt = Annotated[int, Meta(ge=0)]
-
 
 class ChardevCommon(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_fields=True):
     """What every character device takes: a file that gets a copy of what is written to it."""
@@ -44,10 +42,10 @@ class ChardevSocket(ChardevCommon):
 
     addr: SocketAddressLegacy
     server: bool = True
-    wait: bool = False
+    wait: bool | UnsetType = UNSET
     nodelay: bool = False
-    reconnect: Annotated[int | UnsetType, Meta(ge=0), DEPRECATED] = UNSET
-    reconnect_ms: UInt = 0
+    reconnect: Annotated[int | UnsetType, DEPRECATED] = UNSET
+    reconnect_ms: int | UnsetType = UNSET
     """How long a client waits before it connects anew; 0: it does not."""
 
 
@@ -74,7 +72,7 @@ class ChardevPty(ChardevCommon):
 class ChardevRingbuf(ChardevCommon):
     """A buffer in memory that keeps the last ``size`` bytes."""
 
-    size: UInt = 65536
+    size: int = 65536
 
 
 class _Backend(msgspec.Struct, tag_field="type", forbid_unknown_fields=True):
@@ -222,15 +220,11 @@ def _socket(address: AnyAddress | None, values: dict[str, Any]) -> SocketBackend
     values = _old_words(values)
     if address is None:
         address = _address(values)
-    server = values.get("server", "off")
-    # A server on the command line waits for its first client unless told otherwise.
-    values = {"server": "off", "wait": server, **values}
+    if values.setdefault("server", "off") != "off":
+        # A server on the command line waits for its first client unless told otherwise.
+        values.setdefault("wait", "on")
     legacy = _legacy(address)
     decoded = decode(_SocketWords, values, "Parameter")
-    if decoded.wait and not decoded.server:
-        if values["wait"] != server:
-            raise UsageError("'wait' option is incompatible with socket in client connect mode")
-        decoded.wait = False
     return SocketBackend(data=ChardevSocket(addr=legacy, **msgspec.structs.asdict(decoded)))
 
 
@@ -238,10 +232,10 @@ class _SocketWords(ChardevCommon):
     """The members of a socket device beside its address."""
 
     server: bool = False
-    wait: bool = False
+    wait: bool | UnsetType = UNSET
     nodelay: bool = False
     reconnect: int | UnsetType = UNSET
-    reconnect_ms: UInt = 0
+    reconnect_ms: int | UnsetType = UNSET
 
 
 def _old_words(values: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import socket
 from collections.abc import Mapping
 from typing import Any, Final
 
+from msgspec import UNSET
+
 from blocklayer import net
 from blocklayer.codec.addresses import AnyAddress, InetSocketAddress, UnixSocketAddress
 from blocklayer.errors import StorageError
@@ -246,11 +248,14 @@ class SocketChardev(Chardev):
     async def open(self, names: Mapping[str, int]) -> None:
         """Listen, or connect; with ``wait`` the first client is waited for."""
         self._names = names
-        if self.options.server:
-            if self._reconnect_s:
-                raise CommandError("'reconnect' option is incompatible with socket in server mode")
+        options = self.options
+        if options.reconnect is not UNSET and options.reconnect_ms is not UNSET:
+            raise CommandError("'reconnect' and 'reconnect-ms' are mutually exclusive")
+        if options.wait is not UNSET and not options.server:
+            raise CommandError("'wait' option is incompatible with socket in client connect mode")
+        if options.server:
             self._listener = await net.listen(self._address, names)
-            if self.options.wait:
+            if options.wait is True:
                 self._first = await net.accept(self._listener, self._address)
         elif not self._reconnect_s:
             self._first = await net.connect(self._address, names)
@@ -258,9 +263,11 @@ class SocketChardev(Chardev):
 
     @property
     def _reconnect_s(self) -> float:
-        if isinstance(self.options.reconnect, int) and self.options.reconnect:
-            return float(self.options.reconnect)
-        return self.options.reconnect_ms / 1000
+        if self.options.reconnect is not UNSET:
+            return max(0.0, self.options.reconnect)
+        return (
+            0.0 if self.options.reconnect_ms is UNSET else max(0, self.options.reconnect_ms) / 1000
+        )
 
     async def connection(self) -> ByteStream | None:
         """The next client, or the server we connect to (again)."""

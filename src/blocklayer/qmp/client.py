@@ -88,7 +88,7 @@ class Client:
         self._reader = asyncio.create_task(self._read())
         try:
             await asyncio.wait_for(asyncio.shield(self._greeted), timeout_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise ConnectionLost(
                 f"no QMP greeting came within {timeout_s:g} s (another client may be connected)"
             ) from None
@@ -126,7 +126,8 @@ class Client:
         try:
             async with self._sending:
                 await self._stream.write(encode({**message, "id": number}))
-            return await reply
+            answer: dict[str, Any] = await reply
+            return answer
         except OSError as error:
             raise ConnectionLost(f"the connection broke: {error.strerror}") from error
         finally:

@@ -119,7 +119,8 @@ class Monitor(Session):
 
     async def _accept(self, request: _Request) -> None:
         content = request.content
-        if self.oob and isinstance(content, dict) and "exec-oob" in content:
+        verbs = {"execute", "exec-oob"} & content.keys() if isinstance(content, dict) else ()
+        if self.oob and verbs == {"exec-oob"}:
             await self.room()
             await self._answer(request)
         else:
@@ -185,6 +186,8 @@ class Monitor(Session):
         verbs = ("execute", "exec-oob") if self.oob else ("execute",)
         verb = next((verb for verb in verbs if verb in content), None)
         for name in content:
+            if name in verbs and name != verb:
+                raise CommandError(f"QMP input member '{verb}' clashes with '{name}'")
             if name not in (verb, "arguments", "id"):
                 raise CommandError(f"QMP input member '{name}' is unexpected")
         if "arguments" in content and not isinstance(content["arguments"], dict):

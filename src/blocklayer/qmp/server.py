@@ -113,9 +113,9 @@ class Server:
         """Begin to serve the clients of a character device. Raises CommandError."""
         chardev = self.chardevs.get(options.chardev)
         if chardev is None:
-            raise CommandError(f"chardev '{options.chardev}' not found")
+            raise CommandError(f'chardev "{options.chardev}" not found')
         if chardev.user is not None:
-            raise CommandError(f"chardev '{options.chardev}' is busy")
+            raise CommandError(f"chardev '{options.chardev}' is already in use")
         if options.pretty and options.mode == "readline":
             raise CommandError("'pretty' is not compatible with HMP monitors")
         chardev.user = options.id or f"monitor on {chardev.label}"

@@ -51,9 +51,10 @@ class Session:
             await self._until_broken(self._converse(), writer)
             await self._flushed()
         finally:
-            writer.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
-            self._stream.close()
+            try:
+                await _end(writer)
+            finally:
+                self._stream.close()
 
     async def _converse(self) -> None:
         raise AssertionError(f"{type(self).__name__} has no _converse()")
@@ -149,3 +150,16 @@ class Session:
             if not data:
                 return
             yield data
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel ``task`` and wait for its end, also if we are cancelled meanwhile."""
+    cancelled = None
+    task.cancel()
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled

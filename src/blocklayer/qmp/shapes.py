@@ -25,6 +25,7 @@ from msgspec import Meta, UnsetType
 MIN_INT: Final = -(1 << 63)
 MAX_INT: Final = (1 << 63) - 1
 MAX_UINT: Final = (1 << 64) - 1
+UInt64 = Annotated[int, Meta(ge=0, le=MAX_UINT)]
 
 
 class Features(msgspec.Struct, frozen=True):
@@ -222,10 +223,8 @@ def _annotated(annotation: Any) -> Shape:
     bounds = [note for note in notes if isinstance(note, Meta)]
     if base is int and bounds:
         least = max((int(n.ge) for n in bounds if n.ge is not None), default=MIN_INT)
-        most = MAX_UINT if least >= 0 else MAX_INT
-        return Scalar(
-            "int", "int", least, min([int(n.le) for n in bounds if n.le is not None] + [most])
-        )
+        greatest = min((int(n.le) for n in bounds if n.le is not None), default=MAX_INT)
+        return Scalar("int", "int", least, greatest)
     return shape_of(base)
 
 

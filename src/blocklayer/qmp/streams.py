@@ -15,8 +15,10 @@ import array
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Protocol
+
+from blocklayer import net
 
 _CHUNK = 64 * 1024
 _MAX_DESCRIPTORS = 64
@@ -54,7 +56,7 @@ class SocketStream:
             try:
                 return self._receive()
             except (BlockingIOError, InterruptedError):
-                await wait_readable(self._socket.fileno())
+                await net.wait_readable(self._socket.fileno())
 
     def _receive(self) -> bytes:
         room = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
@@ -100,10 +102,10 @@ class FileStream:
         while self._input is not None:
             try:
                 if self._shared:
-                    await wait_readable(self._input)
+                    await net.wait_readable(self._input)
                 return os.read(self._input, _CHUNK)
             except (BlockingIOError, InterruptedError):
-                await wait_readable(self._input)
+                await net.wait_readable(self._input)
         return b""
 
     async def write(self, data: bytes) -> None:
@@ -112,13 +114,13 @@ class FileStream:
         while rest and self._output is not None:
             try:
                 if self._shared:
-                    await _wait_writable(self._output)
+                    await net.wait_writable(self._output)
                 # Not more than a pipe has room for once it is writable at all.
                 rest = rest[
                     os.write(self._output, rest[:_CHUNK] if not self._shared else rest[:4096]) :
                 ]
             except (BlockingIOError, InterruptedError):
-                await _wait_writable(self._output)
+                await net.wait_writable(self._output)
 
     def take_descriptors(self) -> list[int]:
         """None come this way."""
@@ -135,35 +137,3 @@ def close_all(descriptors: Iterable[int]) -> None:
     """Close ``descriptors``."""
     for descriptor in descriptors:
         os.close(descriptor)
-
-
-async def wait_readable(descriptor: int) -> None:
-    """Wait until reading from ``descriptor`` would not; at once for a regular file."""
-    loop = asyncio.get_running_loop()
-    await _wait(descriptor, loop.add_reader, loop.remove_reader)
-
-
-async def _wait_writable(descriptor: int) -> None:
-    loop = asyncio.get_running_loop()
-    await _wait(descriptor, loop.add_writer, loop.remove_writer)
-
-
-async def _wait(
-    descriptor: int,
-    add: Callable[..., None],
-    remove: Callable[[int], bool],
-) -> None:
-    ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    try:
-        add(descriptor, _settle, ready)
-    except PermissionError:
-        return  # a regular file, which never waits
-    try:
-        await ready
-    finally:
-        remove(descriptor)
-
-
-def _settle(ready: asyncio.Future[None]) -> None:
-    if not ready.done():
-        ready.set_result(None)

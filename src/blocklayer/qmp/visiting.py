@@ -14,6 +14,7 @@ from blocklayer.qmp.errors import CommandError
 from blocklayer.qmp.shapes import (
     ANY,
     BOOLEAN,
+    MAX_INT,
     MAX_UINT,
     MIN_INT,
     NULL,
@@ -32,9 +33,9 @@ _JSON_TYPES = {
     "string": "string",
     "boolean": "boolean",
     "number": "number",
-    "int": "integer",
     "null": "null",
 }
+_UNSIGNED = {0xFFFF: "uint16_t", 0xFFFFFFFF: "uint32_t", MAX_UINT: "uint64"}
 
 
 def visit(shape: Shape, value: Any, path: str) -> Any:
@@ -66,15 +67,28 @@ def visit(shape: Shape, value: Any, path: str) -> Any:
 
 
 def _scalar(shape: Scalar, value: Any, path: str) -> Any:
+    if shape.json_type == "int":
+        return _integer(shape, value, path)
     if not _fits(shape, value):
         raise _wrong_type(path, _JSON_TYPES[shape.json_type])
-    if shape.json_type == "int" and not shape.least <= value <= shape.greatest:
-        if not MIN_INT <= value <= (MAX_UINT if shape.greatest == MAX_UINT else shape.greatest):
-            raise _wrong_type(path, "integer")
+    return float(value) if shape is NUMBER else value
+
+
+def _integer(shape: Scalar, value: Any, path: str) -> int:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    width = _UNSIGNED.get(shape.greatest) if shape.least == 0 else None
+    if width is not None:
+        if not whole or not MIN_INT <= value <= MAX_UINT:
+            raise CommandError(f"Parameter '{path}' expects uint64")
+        if not 0 <= value <= shape.greatest:
+            raise CommandError(f"Parameter '{_leaf(path)}' expects {width}")
+    elif not whole or not MIN_INT <= value <= MAX_INT:
+        raise _wrong_type(path, "integer")
+    elif not shape.least <= value <= shape.greatest:
         raise CommandError(
             f"Parameter '{path}' expects a number between {shape.least} and {shape.greatest}"
         )
-    return float(value) if shape is NUMBER else value
+    return int(value)
 
 
 def _fits(shape: Shape, value: Any) -> bool:

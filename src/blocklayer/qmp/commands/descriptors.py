@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
 
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, UnsetType
 
 from blocklayer.qmp.commands.table import COMMANDS
 from blocklayer.qmp.errors import CommandError
 from blocklayer.qmp.monitor import Monitor
 from blocklayer.qmp.registry import Arguments, Result
-
-SetNumber = Annotated[int, Meta(ge=0)]
 
 
 class DescriptorName(Arguments):
@@ -24,7 +21,7 @@ class DescriptorName(Arguments):
 class AddFd(Arguments):
     """Which set (a new one if none is named), and a note to find the descriptor by."""
 
-    fdset_id: SetNumber | UnsetType = UNSET
+    fdset_id: int | UnsetType = UNSET
     opaque: str | UnsetType = UNSET
 
 
@@ -82,6 +79,8 @@ async def closefd(monitor: Monitor, arguments: DescriptorName) -> None:
 @COMMANDS.command("add-fd")
 async def add_fd(monitor: Monitor, arguments: AddFd) -> AddfdInfo:
     """Put the descriptor that came with this command into a set."""
+    if arguments.fdset_id is not UNSET and arguments.fdset_id < 0:
+        raise CommandError("Parameter 'fdset-id' expects a non-negative value")
     descriptor = monitor.take_descriptor()
     number = monitor.server.descriptor_sets.add(
         descriptor,
