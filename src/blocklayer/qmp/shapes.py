@@ -145,13 +145,14 @@ class Variants(msgspec.Struct, frozen=True, eq=False):
     """In ``Annotated``: a union by ``tag`` whose structs are found when first needed.
 
     Values stay dicts, whose members are known to fit. ``common`` holds the members that all
-    structs have; a member that a struct requires although ``common`` does not, is required.
+    structs have. Members named in ``required`` must be given whatever default a struct has.
     """
 
     name: str
     tag: str
     common: type[msgspec.Struct]
     structs: Callable[[], Mapping[str, type[msgspec.Struct]]]
+    required: frozenset[str] = frozenset()
 
     @functools.cache  # noqa: B019 - instances are module constants
     def shape(self) -> Object:
@@ -163,12 +164,21 @@ class Variants(msgspec.Struct, frozen=True, eq=False):
 
     def _rest(self) -> dict[str, Object]:
         shared = {member.name for member in members_of(self.common)} | {self.tag}
-        return {name: _rest_of(struct, shared) for name, struct in sorted(self.structs().items())}
+        return {
+            name: _rest_of(struct, shared, self.required)
+            for name, struct in sorted(self.structs().items())
+        }
 
 
-def _rest_of(struct: type[msgspec.Struct], shared: set[str]) -> Object:
+def _rest_of(
+    struct: type[msgspec.Struct], shared: set[str], required: frozenset[str] = frozenset()
+) -> Object:
     def members() -> tuple[Member, ...]:
-        return tuple(member for member in members_of(struct) if member.name not in shared)
+        return tuple(
+            msgspec.structs.replace(member, optional=False) if member.name in required else member
+            for member in members_of(struct)
+            if member.name not in shared
+        )
 
     return Object(struct.__name__, members, None)
 
@@ -185,6 +195,19 @@ def members_of(struct: type[msgspec.Struct]) -> tuple[Member, ...]:
         )
         for field in msgspec.structs.fields(struct)
     )
+
+
+_DEFINED: Final[dict[str | None, Callable[[], Shape]]] = {}
+
+
+def define(title: str) -> Callable[[Callable[[], Shape]], Callable[[], Shape]]:
+    """The decorated function makes the shape of annotations with ``Meta(title=title)``."""
+
+    def remember(make: Callable[[], Shape]) -> Callable[[], Shape]:
+        _DEFINED[title] = make
+        return make
+
+    return remember
 
 
 @functools.cache
@@ -218,6 +241,8 @@ def _annotated(annotation: Any) -> Shape:
         if isinstance(note, Variants):
             return note.shape()
     title = next((n.title for n in notes if isinstance(n, Meta) and n.title), None)
+    if title in _DEFINED:
+        return _DEFINED[title]()
     if typing.get_origin(base) in (Union, types.UnionType):
         return _union(base, title)
     bounds = [note for note in notes if isinstance(note, Meta)]
@@ -239,6 +264,11 @@ def _union(annotation: Any, title: str | None) -> Shape:
         return shapes[0]
     named = [shape.name for shape in shapes if shape is not NULL]
     or_null = "OrNull" if NULL in shapes else ""
+    shapes = tuple(
+        choice
+        for shape in shapes
+        for choice in (shape.choices if isinstance(shape, Alternate) else (shape,))
+    )
     return Alternate(title or (named[0] if len(named) == 1 else "Or".join(named)) + or_null, shapes)
 
 
