@@ -31,7 +31,7 @@ class Everything(msgspec.Struct, rename="kebab", kw_only=True):
     ratio: float = 0.0
     limits: Limits | UnsetType = UNSET
     several: list[Limits] | UnsetType = UNSET
-    name_or_null: str | None | UnsetType = UNSET
+    name_or_null: str | UnsetType | None = UNSET
     none_means_absent: str | None = None
     name_or_limits: str | Limits | UnsetType = UNSET
     address: SocketAddress | UnsetType = UNSET
@@ -119,11 +119,13 @@ def test_refused(given: dict[str, Any], text: str) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(["name", "limits", "several", "type", "path", "address", "read", "x"]),
-        inner,
-        max_size=4,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["name", "limits", "several", "type", "path", "address", "read", "x"]),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=8,
 )

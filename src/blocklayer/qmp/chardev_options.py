@@ -24,6 +24,7 @@ from blocklayer.codec.addresses import (
     UnixSocketLegacy,
     VsockSocketLegacy,
     parse_address,
+    parse_host_port,
 )
 from blocklayer.errors import UsageError
 from blocklayer.graph.options import decode, parse_pairs
@@ -187,7 +188,8 @@ def parse_device(text: str, name: str) -> ChardevOptions | str:
         return value
     options: dict[str, Any] = dict(parse_pairs(rest[0])) if rest else {}
     if kind in ("unix", "tcp", "fd", "vsock") and colon:
-        return ChardevOptions(id=name, backend=_socket(parse_address(first), options))
+        address = parse_host_port(value) if kind == "tcp" else parse_address(first)
+        return ChardevOptions(id=name, backend=_socket(address, options))
     if kind == "file" and colon:
         options["path"] = value
     elif colon or kind not in ("stdio", "pty", "null"):
