@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from blocklayer.qmp.commands import COMMANDS
 from blocklayer.qmp.event_types import EVENTS, JobStatusChange
 from blocklayer.qmp.schema import schema
 from blocklayer.qmp.server import Server
+from oracles import HANG_TIMEOUT_S
 from qmp.conversation import run, serving
 
 LINES = [
@@ -32,7 +34,7 @@ LINES = [
     ("a x=1 y=-2 z=1.5", {"execute": "a", "arguments": {"x": 1, "y": -2, "z": 1.5}}),
     ("a x=true y=False z=null", {"execute": "a", "arguments": {"x": True, "y": False, "z": None}}),
     ("a x=64k y=it's z=inf", {"execute": "a", "arguments": {"x": "64k", "y": "it's", "z": "inf"}}),
-    ("a f.driver=raw f.file.x=1", {"execute": "a", "arguments": {"f": {"driver": "raw", "file": {"x": 1}}}}),
+    ("a f.d=raw f.e.x=1", {"execute": "a", "arguments": {"f": {"d": "raw", "e": {"x": 1}}}}),
     ('a x={"b": [1, true]} y=2', {"execute": "a", "arguments": {"x": {"b": [1, True]}, "y": 2}}),
     ("a x={'b':[1,null,True]}", {"execute": "a", "arguments": {"x": {"b": [1, None, True]}}}),
     ("a x=\"b c\" y='d e'", {"execute": "a", "arguments": {"x": "b c", "y": "d e"}}),
@@ -75,7 +77,7 @@ def test_values_in_json(value: Any) -> None:
 
 COMPLETIONS = [
     ("query-na", ["query-name"]),
-    ("quer", [c.name for c in sorted(COMMANDS, key=lambda c: c.name) if c.name.startswith("query")]),
+    ("quer", sorted(command.name for command in COMMANDS if command.name.startswith("query"))),
     ("query-name ", []),
     ("ringbuf-read ", ["device=", "format=", "size="]),
     ("ringbuf-read size=1 f", ["format="]),
@@ -84,7 +86,10 @@ COMPLETIONS = [
     ("chardev-add backend.t", ["backend.type="]),
     ("chardev-add backend.type=so", ["backend.type=socket"]),
     ("chardev-add backend.type=socket backend.data.s", ["backend.data.server="]),
-    ("chardev-add backend.type=socket backend.data.server=", ["backend.data.server=false", "backend.data.server=true"]),
+    (
+        "chardev-add backend.type=socket backend.data.server=",
+        ["backend.data.server=false", "backend.data.server=true"],
+    ),
     ("nope x", []),
 ]  # fmt: skip
 
@@ -108,7 +113,7 @@ def shell_against(path: Path, *arguments: str, input: str) -> subprocess.Complet
 
 
 def test_a_script(tmp_path: Path) -> None:
-    script = "# a comment\nquery-name\n\nchardev-add id=n backend.type=null backend.data={}\n"
+    script = "# a comment\nquery-name\n\nchardev-add id=n backend.type='null' backend.data={}\n"
     done = shell_against(tmp_path / "q", input=script)
     assert done.stdout.splitlines() == ['{"return": {"name": "disks"}}', '{"return": {}}']
     assert (done.returncode, done.stderr) == (0, "")
@@ -184,6 +189,8 @@ class Terminal:
     def until(self, text: str) -> str:
         found = b""
         while text.encode() not in found:
+            ready = select.select([self.descriptor], [], [], HANG_TIMEOUT_S / 4)[0]
+            assert ready, f"no {text!r} came after {found!r}"
             found += os.read(self.descriptor, 4096)
         return found.decode()
 
@@ -221,7 +228,9 @@ def test_a_terminal(tmp_path: Path) -> None:
         event = JobStatusChange(id="job0", status="ready")
         loop.call_soon_threadsafe(server.events.emit, event)  # type: ignore[attr-defined]
         assert "job0" in terminal.until("(qmp) ")
-        terminal.type("half a li\x03")
+        terminal.type("half a li")
+        terminal.until("half a li")
+        terminal.type("\x03")
         terminal.until("(qmp) ")
         terminal.type("\x04")
         assert terminal.ended() == 0
