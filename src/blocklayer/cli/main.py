@@ -31,6 +31,11 @@ QEMU_VERSION: Final = "10.0.0"
 GROUPS: Final = {
     "img": ("qemu-img", "blocklayer.cli.img", "Work on disk images (used like qemu-img)"),
     "io": ("qemu-io", "blocklayer.cli.io.main:Io", "Read and write inside an image (like qemu-io)"),
+    "shell": (
+        "qmp-shell",
+        "blocklayer.cli.shell.main:Shell",
+        "Talk to a running daemon (like qmp-shell)",
+    ),
     "tour": (
         None,
         "blocklayer.cli.tour.story:Tour",

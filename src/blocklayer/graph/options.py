@@ -24,7 +24,7 @@ from msgspec import UNSET, Meta, UnsetType
 from blocklayer.errors import UsageError
 from blocklayer.units import parse_size
 
-Reference = str | dict[str, Any]
+Reference = Annotated[str | dict[str, Any], Meta(title="BlockdevRef")]
 """A child: the name of an existing node, or the options of a new one."""
 
 Size = Annotated[int, Meta(ge=0, extra={"size": True})]

@@ -1,0 +1,1 @@
+"""`blk shell`: a prompt for QMP."""

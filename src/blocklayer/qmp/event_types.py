@@ -1,0 +1,152 @@
+"""All events on one screen: names, data, limits."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Final, Literal
+
+from msgspec import UNSET, UnsetType
+
+from blocklayer.qmp.events import Event
+from blocklayer.qmp.shapes import UInt64
+
+JobType = Literal[
+    "commit",
+    "stream",
+    "mirror",
+    "backup",
+    "create",
+    "amend",
+    "snapshot-load",
+    "snapshot-save",
+    "snapshot-delete",
+]
+JobStatus = Literal[
+    "undefined",
+    "created",
+    "running",
+    "paused",
+    "ready",
+    "standby",
+    "waiting",
+    "pending",
+    "aborting",
+    "concluded",
+    "null",
+]
+IoOperationType = Literal["read", "write"]
+BlockErrorAction = Literal["ignore", "report", "stop"]
+
+
+class JobStatusChange(Event):
+    """A job has a new status."""
+
+    NAME: ClassVar[str] = "JOB_STATUS_CHANGE"
+    id: str
+    status: JobStatus
+
+
+class BlockJobEvent(Event):
+    """What events about a block job's course say."""
+
+    type: JobType
+    device: str
+    len: int
+    offset: int
+    speed: int
+
+
+class BlockJobCompleted(BlockJobEvent):
+    """A job has ended; ``error`` is there when it failed."""
+
+    NAME: ClassVar[str] = "BLOCK_JOB_COMPLETED"
+    error: str | UnsetType = UNSET
+
+
+class BlockJobCancelled(BlockJobEvent):
+    """A job was cancelled before it was complete."""
+
+    NAME: ClassVar[str] = "BLOCK_JOB_CANCELLED"
+
+
+class BlockJobReady(BlockJobEvent):
+    """Source and target are the same: the job may be completed."""
+
+    NAME: ClassVar[str] = "BLOCK_JOB_READY"
+
+
+class BlockJobPending(Event):
+    """A job waits for ``job-finalize``."""
+
+    NAME: ClassVar[str] = "BLOCK_JOB_PENDING"
+    type: JobType
+    id: str
+
+
+class BlockJobError(Event):
+    """A job met an I/O error, and what it does about it."""
+
+    NAME: ClassVar[str] = "BLOCK_JOB_ERROR"
+    device: str
+    operation: IoOperationType
+    action: BlockErrorAction
+
+
+class BlockIoError(Event, kw_only=True):
+    """A request of a device failed. Once a second for each device, unless the device stops."""
+
+    NAME: ClassVar[str] = "BLOCK_IO_ERROR"
+    INTERVAL_S: ClassVar[float] = 1.0
+    KEY: ClassVar[tuple[str, ...]] = ("qom_path",)
+    qom_path: str
+    device: str
+    node_name: str | UnsetType = UNSET
+    operation: IoOperationType
+    action: BlockErrorAction
+    nospace: bool | UnsetType = UNSET
+    reason: str
+
+    def limited(self) -> bool:
+        """Whoever must act on a stop hears of it at once."""
+        return self.action != "stop"
+
+
+class BlockImageCorrupted(Event, kw_only=True):
+    """An image's metadata is wrong; ``fatal``: it was marked, and is no longer used."""
+
+    NAME: ClassVar[str] = "BLOCK_IMAGE_CORRUPTED"
+    device: str
+    node_name: str | UnsetType = UNSET
+    msg: str
+    offset: int | UnsetType = UNSET
+    size: int | UnsetType = UNSET
+    fatal: bool
+
+
+class BlockWriteThreshold(Event):
+    """A write went past the offset that was asked to be watched."""
+
+    NAME: ClassVar[str] = "BLOCK_WRITE_THRESHOLD"
+    node_name: str
+    amount_exceeded: UInt64
+    write_threshold: UInt64
+
+
+class BlockExportDeleted(Event):
+    """An export is gone, and its id free."""
+
+    NAME: ClassVar[str] = "BLOCK_EXPORT_DELETED"
+    id: str
+
+
+EVENTS: Final[tuple[type[Event], ...]] = (
+    JobStatusChange,
+    BlockImageCorrupted,
+    BlockIoError,
+    BlockJobCompleted,
+    BlockJobCancelled,
+    BlockJobError,
+    BlockJobReady,
+    BlockJobPending,
+    BlockWriteThreshold,
+    BlockExportDeleted,
+)
