@@ -27,7 +27,7 @@ class Inspect(Command):
     """
 
     OPERANDS = (("FILENAME", "image file"),)
-    EXAMPLE = ("upload.img", "what upload.img is, what it names, and what may be wrong with it")
+    EXAMPLE = ("disk.qcow2", "what disk.qcow2 is, what it names, and what may be wrong with it")
 
     format: Annotated[str | None, Option("format that the image must have", "f", "FMT")] = None
     max_size: Annotated[
