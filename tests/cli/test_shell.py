@@ -180,6 +180,7 @@ class Terminal:
     """The shell on a pseudo terminal."""
 
     def __init__(self, *arguments: str, state: Path) -> None:
+        self.unread = ""
         self.process, self.descriptor = pty.fork()
         if self.process == 0:
             os.environ.update(XDG_STATE_HOME=str(state), TERM="dumb")
@@ -187,15 +188,22 @@ class Terminal:
             os.execv(sys.executable, [sys.executable, *module])
 
     def until(self, text: str) -> str:
-        found = b""
-        while text.encode() not in found:
+        """What comes up to `text`; what comes after it stays for the next time."""
+        while text not in self.unread:
             ready = select.select([self.descriptor], [], [], HANG_TIMEOUT_S / 4)[0]
-            assert ready, f"no {text!r} came after {found!r}"
-            found += os.read(self.descriptor, 4096)
-        return found.decode()
+            assert ready, f"no {text!r} in {self.unread!r}"
+            self.unread += os.read(self.descriptor, 4096).decode()
+        found, _, self.unread = self.unread.partition(text)
+        return found + text
 
     def type(self, text: str) -> None:
         os.write(self.descriptor, text.encode())
+
+    def interrupt(self) -> None:
+        """Ctrl-C; the kernel drops what is on its way then, so the next prompt is asked for."""
+        self.type("\x03")
+        while not select.select([self.descriptor], [], [], 0.2)[0]:
+            self.type("\n")
 
     def ended(self) -> int:
         with contextlib.suppress(OSError):
@@ -230,7 +238,9 @@ def test_a_terminal(tmp_path: Path) -> None:
         assert "job0" in terminal.until("(qmp) ")
         terminal.type("half a li")
         terminal.until("half a li")
-        terminal.type("\x03")
+        terminal.interrupt()
+        terminal.type("query-version\n")
+        assert "package" in terminal.until('"}')
         terminal.until("(qmp) ")
         terminal.type("\x04")
         assert terminal.ended() == 0

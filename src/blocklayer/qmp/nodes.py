@@ -20,7 +20,11 @@ from blocklayer.qmp.shapes import STRING, Alternate, Shape, Variants, define
 
 
 def _drivers() -> Mapping[str, type[msgspec.Struct]]:
-    return {name: REGISTRY.load(name).Options for name in REGISTRY.table}
+    return {
+        name: REGISTRY.load(name).Options
+        for name, entry in REGISTRY.table.items()
+        if not entry.internal
+    }
 
 
 _NODE: Final = Variants(
