@@ -77,6 +77,7 @@ class Info(Command):
                 cache=self.cache,
                 backing=False,
                 named_by=above,
+                no_io=True,
             )
             try:
                 info = image_info(disk.root.node)

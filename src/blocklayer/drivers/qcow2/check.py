@@ -27,6 +27,7 @@ from blocklayer.codec.qcow2.header import (
 )
 from blocklayer.codec.qcow2.refcounts import decode_block, encode_block
 from blocklayer.codec.qcow2.validation import validate
+from blocklayer.drivers.qcow2.check_data_file import note_end
 from blocklayer.drivers.qcow2.check_image import CheckedImage, StoredRefcounts
 from blocklayer.drivers.qcow2.check_walk import Walk
 from blocklayer.drivers.qcow2.recount import WINDOW, WINDOW_BITS
@@ -50,6 +51,8 @@ async def check(driver: Qcow2Driver, repair: frozenset[str]) -> CheckResult:
     image = await _open(Storage(driver.node.children["file"]), repair)
     try:
         await _pass(image)
+        if image.geometry.data_file:
+            note_end(image, driver.image.data.size)
     finally:
         if image.changed:
             await image.storage.flush()

@@ -20,6 +20,7 @@ from blocklayer.codec.qcow2.entries import (
     load_table,
     store_table,
 )
+from blocklayer.drivers.qcow2.check_data_file import flagged
 from blocklayer.drivers.qcow2.check_image import CheckedImage, StoredRefcounts
 from blocklayer.drivers.qcow2.recount import WINDOW_BITS
 from blocklayer.errors import BlockError
@@ -41,11 +42,10 @@ async def check_copied(image: CheckedImage, stored: StoredRefcounts, *, fix: boo
             table_offset = entry & OFFSET_MASK
             if not table_offset:
                 continue
-            right = await _flagged(image, stored, entry)
+            right, refcount = await _flagged(image, stored, entry)
             if right is None:
                 continue
             if right != entry:
-                refcount = await stored.get(table_offset >> image.geometry.cluster_bits)
                 _report(
                     image,
                     f"OFLAG_COPIED L2 cluster: l1_index={start // 8 + index} "
@@ -67,15 +67,21 @@ async def _check_table(
     data = await image.storage.read(offset, geometry.cluster_size)
     table = load_table(data)
     window_bits, sound = geometry.cluster_bits + WINDOW_BITS, image.sound_windows
+    if geometry.data_file:
+        sound = set()
     faults = 0
     for index, entry in enumerate(table):
         if (entry & OFFSET_MASK) >> window_bits in sound:
             continue
         if not entry & OFFSET_MASK or entry & COMPRESSED:
             continue
-        right = await _flagged(image, stored, entry)
+        right: int | None
+        if geometry.data_file:
+            # It has no refcounts, and nobody shares its clusters.
+            right, refcount = flagged(entry), 1
+        else:
+            right, refcount = await _flagged(image, stored, entry)
         if right is not None and right != entry:
-            refcount = await stored.get((entry & OFFSET_MASK) >> geometry.cluster_bits)
             _report(
                 image, f"OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={refcount}", fix
             )
@@ -85,13 +91,15 @@ async def _check_table(
         await image.write(offset, store_table(table))
 
 
-async def _flagged(image: CheckedImage, stored: StoredRefcounts, entry: int) -> int | None:
-    """The entry with the flag as it should be, None if the refcount cannot be read."""
+async def _flagged(
+    image: CheckedImage, stored: StoredRefcounts, entry: int
+) -> tuple[int | None, int]:
+    """The entry with the flag as it should be, or None, and the refcount, if it can be read."""
     try:
         refcount = await stored.get((entry & OFFSET_MASK) >> image.geometry.cluster_bits)
     except BlockError:
-        return None
-    return entry | COPIED if refcount == 1 else entry & ~COPIED
+        return None, 0
+    return (entry | COPIED if refcount == 1 else entry & ~COPIED), refcount
 
 
 def _report(image: CheckedImage, what: str, fixed: bool) -> None:

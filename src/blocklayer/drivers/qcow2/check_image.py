@@ -40,6 +40,8 @@ class CheckedImage:
         self.repair = repair
         self.result = CheckResult(total_clusters=self.geometry.cluster_count(header.size))
         self.file_size = storage.size
+        self.data_end = 0
+        """Where the last cluster in a data file ends."""
         self.recount = Recount()
         self.outside = Recount()
         """References to clusters past the end of the file: nothing may be put there."""

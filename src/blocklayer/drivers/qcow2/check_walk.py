@@ -32,6 +32,7 @@ from blocklayer.codec.qcow2.entries import (
 from blocklayer.codec.qcow2.geometry import MAX_L1_TABLE_SIZE
 from blocklayer.codec.qcow2.snapshots import Snapshot, decode_table, table_size_bound
 from blocklayer.codec.qcow2.validation import full_disk_encryption_area
+from blocklayer.drivers.qcow2.check_data_file import count_table
 from blocklayer.drivers.qcow2.check_image import CheckedImage, StoredRefcounts
 from blocklayer.drivers.qcow2.recount import COPIED_REFERENCE, SHARED_REFERENCE
 from blocklayer.errors import BlockError, CorruptionError, FormatError
@@ -120,9 +121,10 @@ class Walk:
         for start in range(0, size * 8, _L1_CHUNK):
             length = min(_L1_CHUNK, size * 8 - start)
             entries = load_table(await image.storage.read(offset + start, length))
-            await self._count_tables([entry for entry in entries if entry])
+            indexes = [index for index, entry in enumerate(entries, start // 8) if entry]
+            await self._count_tables([entry for entry in entries if entry], indexes)
 
-    async def _count_tables(self, l1_entries: list[int]) -> None:
+    async def _count_tables(self, l1_entries: list[int], indexes: list[int]) -> None:
         """The L2 tables that these entries point at; tables that lie in a row are read as one."""
         image, cluster_size = self.image, self.image.geometry.cluster_size
         at_once = max(1, _READ_SIZE // cluster_size)
@@ -146,7 +148,10 @@ class Walk:
             for index, entry in enumerate(l1_entries[start:stop]):
                 self._refer_table(entry)
                 table = bytes(data[index * cluster_size : (index + 1) * cluster_size])
-                await self._count_table(table, offset + index * cluster_size)
+                if image.geometry.data_file:
+                    count_table(image, table, indexes[start + index])
+                else:
+                    await self._count_table(table, offset + index * cluster_size)
             start = stop
 
     def _refer_table(self, l1_entry: int) -> None:

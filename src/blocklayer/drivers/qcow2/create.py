@@ -11,7 +11,9 @@ Public:
    table fits in one cluster (with more clusters the order differs, as does a preallocated image's).
 2. The header comes last, in one write, after all else is on stable storage: a crash before leaves a
    file that no reader takes for an image.
-3. Refcount blocks count themselves, the table, and every cluster that the layout uses, no other.
+3. A data file is complete before the header names it. One that did not exist is removed again when
+   creation fails. It lies where the image will look for it: a relative name starts at the image.
+4. Refcount blocks count themselves, the table, and every cluster that the layout uses, no other.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ from msgspec import Meta
 from blocklayer.codec.qcow2.entries import COPIED, store_table
 from blocklayer.codec.qcow2.geometry import MAX_REFCOUNT_TABLE_SIZE, Geometry
 from blocklayer.codec.qcow2.header import (
+    AUTOCLEAR_DATA_FILE_RAW,
     COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSION_ZSTD,
+    INCOMPATIBLE_DATA_FILE,
     MAX_BACKING_FILE_SIZE,
     ImageHeader,
 )
@@ -71,6 +75,11 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
     ] = None
     backing_file: Annotated[str | None, Meta(description="File name of a base image")] = None
     backing_fmt: Annotated[str | None, Meta(description="Image format of the base image")] = None
+    data_file: Annotated[str | None, Meta(description="File name of an external data file")] = None
+    data_file_raw: Annotated[
+        bool | None,
+        Meta(description="The external data file must stay valid as a raw image"),
+    ] = None
     lazy_refcounts: Annotated[bool, Meta(description="Postpone refcount updates")] = False
     refcount_bits: Annotated[int, Meta(description="Width of a reference count entry in bits")] = 16
 
@@ -86,7 +95,13 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
             self.cluster_size.bit_length() - 1,
             version=self.version,
             refcount_order=self.refcount_bits.bit_length() - 1,
+            data_file=self.data_file is not None,
         )
+
+    @property
+    def mapped(self) -> bool:
+        """Whether every cluster has its place from the start; a raw data file is the whole disk."""
+        return self.preallocation not in (None, "off") or bool(self.data_file_raw)
 
     def validate(self) -> None:
         """Raise UsageError unless an image can be made like this."""
@@ -95,6 +110,7 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
             raise UnsupportedError("Images with extended L2 tables cannot be created")
         if self.version < 3:
             self._validate_version_2()
+        self._validate_data_file()
         self._validate_backing()
         if align_up(self.size, SECTOR) > self.geometry.max_size:
             raise UsageError(
@@ -130,6 +146,23 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
         if self.compression_type != "zlib":
             raise UsageError(f"Non-zlib compression type is only supported with {newer}")
 
+    def _validate_data_file(self) -> None:
+        if self.data_file is None:
+            if self.data_file_raw:
+                raise UsageError("data-file-raw requires data-file")
+            return
+        if not self.data_file:
+            raise UsageError("Expected data file name, got empty string")
+        if self.version < 3:
+            raise UsageError(
+                "External data files are only supported with compatibility level 1.1 and above "
+                "(use version=v3 or greater)"
+            )
+        if self.data_file_raw and self.backing_file:
+            raise UsageError("Backing file and data-file-raw cannot be used at the same time")
+        # Nothing of the layout changes the header's length: one that does not fit shows here.
+        new_header(self, plan(self.geometry, 0)).encode()
+
     def _validate_backing(self) -> None:
         if self.backing_file == "":
             raise UsageError("Expected backing file name, got empty string")
@@ -162,7 +195,7 @@ class Layout(msgspec.Struct, frozen=True):
     l2_offset: int
     """The first L2 table; all are contiguous. 0 if nothing is mapped."""
     data_offset: int
-    """The first data cluster; all are contiguous."""
+    """The first data cluster; all are contiguous. With a data file: 0, its start."""
     data_clusters: int
     blocks: list[tuple[int, int]]
     """(index in the refcount table, offset) of every refcount block, by offset."""
@@ -185,7 +218,7 @@ def plan(geometry: Geometry, size: int, *, mapped: bool = False) -> Layout:
     l1_clusters = geometry.cluster_count(l1_size * 8)
     l2_clusters = l1_size if mapped else 0
     data_clusters = geometry.cluster_count(size) if mapped else 0
-    content = l1_clusters + l2_clusters + data_clusters
+    content = l1_clusters + l2_clusters + (0 if geometry.data_file else data_clusters)
     table_clusters = 1
     while True:
         first = table_clusters + 2
@@ -208,7 +241,7 @@ def plan(geometry: Geometry, size: int, *, mapped: bool = False) -> Layout:
         l1_offset=first << bits if l1_size else 0,
         l1_size=l1_size,
         l2_offset=(first + l1_clusters) << bits if mapped else 0,
-        data_offset=(first + l1_clusters + l2_clusters) << bits,
+        data_offset=0 if geometry.data_file else (first + l1_clusters + l2_clusters) << bits,
         data_clusters=data_clusters,
         blocks=[(index, cluster << bits) for index, cluster in placed],
         used_clusters=used,
@@ -250,6 +283,11 @@ def new_header(options: Qcow2CreateOptions, layout: Layout) -> ImageHeader:
         refcount_order=layout.geometry.refcount_order,
         backing_file=options.backing_file,
     )
+    if options.data_file is not None:
+        header.incompatible_features |= INCOMPATIBLE_DATA_FILE
+        header.data_file = options.data_file
+        if options.data_file_raw:
+            header.autoclear_features |= AUTOCLEAR_DATA_FILE_RAW
     if options.compression_type == "zstd":
         header.compression_type = COMPRESSION_ZSTD
     if options.backing_file is not None and options.backing_fmt is not None:
@@ -261,13 +299,24 @@ def new_header(options: Qcow2CreateOptions, layout: Layout) -> ImageHeader:
 async def create(graph: Graph, target: Node, options: Qcow2CreateOptions) -> None:
     """Write a new image to ``target``, an open writable protocol node."""
     options.validate()
-    mapped = options.preallocation not in (None, "off")
-    layout = plan(options.geometry, align_up(options.size, SECTOR), mapped=mapped)
+    layout = plan(options.geometry, align_up(options.size, SECTOR), mapped=options.mapped)
+    if options.data_file is None:
+        await _write_image(target, options, layout, options.preallocation)
+        return
+    from blocklayer.drivers.qcow2.create_data_file import created_data_file
+
+    async with created_data_file(graph, target, options, layout.size):
+        await _write_image(target, options, layout, None)
+
+
+async def _write_image(
+    target: Node, options: Qcow2CreateOptions, layout: Layout, preallocation: str | None
+) -> None:
     header = new_header(options, layout).encode()
-    await _make_room(target, layout, options.preallocation)
+    await _make_room(target, layout, preallocation)
     for offset, data in refcount_pieces(layout):
         await io.write(target, offset, data)
-    if mapped:
+    if options.mapped:
         await _write_mapping(target, layout)
     await io.flush(target)
     await io.write(target, 0, header[: layout.file_size])

@@ -4,7 +4,9 @@
    understood are cleared, and refcounts that the dirty bit calls untrusted are rebuilt.
 2. Metadata that contradicts itself stops the request with a CorruptionError. In an image open for
    writing, the corrupt bit is set and writes are refused from then on; reads go on (R4).
-3. Closing writes everything back, in the order of a flush, then what lazy refcounts left out, then
+3. What cannot be had with a data file (snapshots, compressed clusters) is refused before anything
+   happens.
+4. Closing writes everything back, in the order of a flush, then what lazy refcounts left out, then
    the persistent bitmaps.
 """
 
@@ -26,7 +28,7 @@ from blocklayer.codec.qcow2.snapshots import (
     validate_snapshot,
 )
 from blocklayer.codec.qcow2.validation import validate
-from blocklayer.drivers.qcow2 import flushing
+from blocklayer.drivers.qcow2 import data_file, flushing
 from blocklayer.drivers.qcow2.bitmaps import Qcow2BitmapInfo, StoredBitmaps
 from blocklayer.drivers.qcow2.compression import Compressor
 from blocklayer.drivers.qcow2.image import Image
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _HEADER_PROBE_SIZE = 112
-_KNOWN_AUTOCLEAR = qcow2_header.AUTOCLEAR_BITMAPS
+_KNOWN_AUTOCLEAR = qcow2_header.AUTOCLEAR_BITMAPS | qcow2_header.AUTOCLEAR_DATA_FILE_RAW
 
 
 class Qcow2Info(msgspec.Struct, rename="kebab", omit_defaults=True, kw_only=True):
@@ -67,6 +69,8 @@ class Qcow2Info(msgspec.Struct, rename="kebab", omit_defaults=True, kw_only=True
     lazy_refcounts: bool | None = None
     bitmaps: list[Qcow2BitmapInfo] | None = None
     refcount_bits: int
+    data_file: str | None = None
+    data_file_raw: bool | None = None
     corrupt: bool | None = None
     extended_l2: bool | None = None
 
@@ -101,6 +105,7 @@ class Qcow2Driver(Qcow2Maker):
         storage = Storage(self.node.children["file"])
         header = await self._read_header(storage)
         self._check_supported(header)
+        await data_file.open_child(self.node, header)
         self._assemble(storage, header)
         await self.image.load_l1()
         await self._load_snapshots()
@@ -125,7 +130,6 @@ class Qcow2Driver(Qcow2Maker):
     def _check_supported(self, header: ImageHeader) -> None:
         features = {
             "extended L2 entries": header.extended_l2,
-            "an external data file": header.has_data_file,
             "encryption": header.crypt_method != qcow2_header.CRYPT_NONE,
         }
         used = [name for name, present in features.items() if present]
@@ -141,7 +145,8 @@ class Qcow2Driver(Qcow2Maker):
         node, options = self.node, self.node.options
         assert isinstance(options, Qcow2Options)
         settings = Settings.make(options, node.flags, header, Geometry.of(header))
-        self.image = image = Image(node, storage, header, settings)
+        data = data_file.storage_of(node, storage, header)
+        self.image = image = Image(node, storage, data, header, settings)
         self.stored_bitmaps = StoredBitmaps(image)
         self.mapping = Mapping(image)
         self.writer = Writer(image, self.mapping)
@@ -177,6 +182,8 @@ class Qcow2Driver(Qcow2Maker):
                 f"Could not open '{image.storage.node.filename}': qcow2: Image is corrupt; "
                 "cannot be opened read/write"
             )
+        if header.has_data_file:
+            await image.data.reserve(header.size)
         if header.autoclear_features & ~_KNOWN_AUTOCLEAR:
             await image.update_header(
                 autoclear_features=header.autoclear_features & _KNOWN_AUTOCLEAR
@@ -278,6 +285,9 @@ class Qcow2Driver(Qcow2Maker):
             compression_type="zstd" if zstd else "zlib",
             refcount_bits=self.image.geometry.refcount_bits,
         )
+        if header.has_data_file:
+            info.data_file = header.data_file or None
+            info.data_file_raw = self.image.data_file_raw
         if header.version == 3:
             lazy = header.compatible_features & qcow2_header.COMPATIBLE_LAZY_REFCOUNTS
             corrupt = header.incompatible_features & qcow2_header.INCOMPATIBLE_CORRUPT
@@ -336,6 +346,7 @@ class Qcow2Driver(Qcow2Maker):
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:
         """Store clusters compressed."""
+        data_file.refuse(self.image, "compressed clusters")
         try:
             await self.compressor.write(offset, data)
         except CorruptionError as error:
@@ -343,10 +354,12 @@ class Qcow2Driver(Qcow2Maker):
 
     def pack(self, data: Buffer, level: int | None = None) -> bytes | None:
         """Compress one cluster."""
+        data_file.refuse(self.image, "compressed clusters")
         return self.compressor.pack(data, level)
 
     async def write_packed(self, offset: int, parts: Sequence[bytes]) -> None:
         """Store compressed clusters."""
+        data_file.refuse(self.image, "compressed clusters")
         try:
             await self.compressor.write_packed(offset, parts)
         except CorruptionError as error:
@@ -378,6 +391,8 @@ class Qcow2Driver(Qcow2Maker):
 
     async def change_backing(self, reference: BackingReference | None) -> None:
         """Rewrite the backing file's name and format in the header."""
+        if reference is not None:
+            data_file.refuse_backing(self.image)
         async with self.image.lock:
             self.node.check_writable()
             await self.image.update_header(
@@ -430,6 +445,7 @@ class Qcow2Driver(Qcow2Maker):
     async def _on_snapshots(self, do: Callable[[Snapshots], Awaitable[T]]) -> T:
         from blocklayer.drivers.qcow2.snapshots import Snapshots
 
+        data_file.refuse(self.image, "internal snapshots")
         try:
             async with self.image.lock:
                 return await do(Snapshots(self.image, self.mapping, self.writer))

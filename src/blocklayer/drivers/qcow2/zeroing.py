@@ -3,6 +3,10 @@
 1. What a range read before never shows again: a discarded cluster reads as zeros, or, where there
    is nothing below to hide, as an unallocated one does. Only ``empty`` lets lower layers through.
 2. Ranges are whole clusters; the last one may end at the end of the disk.
+3. In a raw data file the zeros themselves are put, and no entry changes: whatever reaches stable
+   storage first, the file and the image tell the same.
+4. Space in a data file is given back as zeros, by the request itself: the same guest cluster may
+   take it again at once.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from blocklayer.codec.qcow2.entries import COMPRESSED, OFFSET_MASK, ZERO
+from blocklayer.codec.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from blocklayer.drivers.qcow2 import flushing, overlap
 from blocklayer.drivers.qcow2.frees import Reason
 from blocklayer.errors import UnsupportedError
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
     from blocklayer.drivers.qcow2.mapping import Mapping
     from blocklayer.drivers.qcow2.writing import Writer
 
-_HELD = OFFSET_MASK | COMPRESSED
+_HELD = OFFSET_MASK | COMPRESSED | COPIED
 
 
 def _zero_kept(entry: int) -> int:
@@ -60,9 +64,20 @@ class Zeroer:
         if self._version < 3:
             await self._unallocate(offset, length)
             return
+        if self._image.data_file_raw:
+            await self._image.data.zero(offset, length, unmap=unmap)
+            return
         freed = unmap and not self._image.settings.discard_no_unref
         change = _zero_freed if freed else _zero_kept
+        if freed:
+            await self._free_data(offset, length)
         await self._change(offset, length, change, Reason.REQUEST)
+
+    async def _free_data(self, offset: int, length: int) -> None:
+        """Give back a range that is to read as zeros, if it lies in a data file."""
+        image = self._image
+        if image.geometry.data_file and image.settings.discard_request:
+            await image.data.free(offset, length)
 
     async def _unallocate(self, offset: int, length: int) -> None:
         """All that version 2, which has no zero clusters, can do, and only over no backing file."""
@@ -82,9 +97,12 @@ class Zeroer:
         hides = self._hides()
         if self._version < 3:
             await self._unallocate(offset, length)
+        elif self._image.data_file_raw:
+            await self._free_data(offset, length)
         elif self._image.settings.discard_no_unref:
             await self._discard_kept(offset, length)
         else:
+            await self._free_data(offset, length)
             change = _zero_freed if hides else _zero_freed_if_held
             await self._change(offset, length, change, Reason.REQUEST, sparse=not hides)
 
@@ -103,7 +121,7 @@ class Zeroer:
         await self._change(offset, length, change, Reason.REQUEST, sparse=not hides)
         if self._image.settings.discard_request:
             for place, size in places:
-                await self._image.storage.discard(place, size)
+                await self._image.data.discard(place, size)
 
     async def drop(self, offset: int, length: int) -> None:
         """Let whole clusters be unallocated, whatever shows through then."""
@@ -146,6 +164,11 @@ class Zeroer:
     async def empty(self) -> None:
         """Drop all that this layer holds, tables included."""
         image = self._image
+        if image.data_file_raw:
+            raise UnsupportedError(
+                f"'{image.node.filename}' cannot be emptied: its data file is raw, and nothing "
+                "shows through it"
+            )
         for l1_index in range(len(image.l1)):
             if not image.l1[l1_index]:
                 continue
