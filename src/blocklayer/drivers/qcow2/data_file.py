@@ -12,13 +12,15 @@ Public:
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import TYPE_CHECKING
 
 from msgspec import UNSET
 
 from blocklayer.drivers.qcow2.settings import Qcow2Options
 from blocklayer.drivers.qcow2.storage import ClosedStorage, Storage
-from blocklayer.errors import UnsupportedError, UsageError
+from blocklayer.errors import StorageError, UnsupportedError, UsageError
 from blocklayer.graph.child import Role
 from blocklayer.graph.open import data_file_options
 
@@ -46,7 +48,20 @@ async def open_child(node: Node, header: ImageHeader) -> None:
         raise UsageError(
             f"'data-file' is required for this image: '{storage.filename}' names no file for it"
         )
-    await node.open_child("data-file", reference, Role.DATA)
+    try:
+        await node.open_child("data-file", reference, Role.DATA)
+    except StorageError as error:
+        raise _hinted(error, header.data_file or "") from error
+
+
+def _hinted(error: StorageError, name: str) -> StorageError:
+    """``error``, and what may be behind it: a name that was meant from another folder."""
+    if error.errno != errno.ENOENT or not name or os.path.isabs(name) or not os.path.exists(name):
+        return error
+    return error.reworded(
+        f"{error} (the image's folder is where its data file '{name}' is looked for, not the "
+        f"current one, where there is one: to use that, give data-file.filename={name})"
+    )
 
 
 def storage_of(node: Node, storage: Storage, header: ImageHeader) -> Storage:
