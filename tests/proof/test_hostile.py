@@ -32,18 +32,22 @@ BASES = {
     "wide": ("-o", "cluster_size=4k,refcount_bits=64"),
     "narrow": ("-o", "cluster_size=512,refcount_bits=1"),
     "large clusters": ("-o", "cluster_size=64k,lazy_refcounts=on"),
+    "data file": ("-o", "cluster_size=512,data_file=image.data"),
+    "raw data file": ("-o", "cluster_size=4k,data_file=image.data,data_file_raw=on"),
 }
 
 
 def base_image(qemu_img: Oracle, qemu_io: Oracle, folder: Path, name: str) -> bytes:
     """A small image with data, zeros, compressed clusters and, if it can have one, a snapshot."""
     path = folder / "base.qcow2"
-    qemu_img("create", "-q", "-f", "qcow2", *BASES[name], path, "200k")
-    commands = ["write -P 1 0 9k", "write -c -P 2 64k 64k", "write -P 3 150k 3k"]
+    qemu_img("create", "-q", "-f", "qcow2", *BASES[name], path, "200k", cwd=folder)
+    commands = ["write -P 1 0 9k", "write -P 3 150k 3k"]
+    if "data file" not in name:
+        commands.append("write -c -P 2 64k 64k")
     if name != "version 2":
         commands.append("write -z 20k 16k")
-    qemu_io("-f", "qcow2", *(p for c in commands for p in ("-c", c)), path)
-    if name != "narrow":
+    qemu_io("-f", "qcow2", *(p for c in commands for p in ("-c", c)), path, cwd=folder)
+    if name != "narrow" and "data file" not in name:
         qemu_img("snapshot", "-c", "before", path)
         qemu_io("-f", "qcow2", "-c", "write -P 4 0 2k", path)
     image = path.read_bytes()

@@ -377,6 +377,10 @@ class FormatDriver(Driver):
         """Compare all metadata; ``repair`` is a subset of {"leaks", "errors"}."""
         raise UnsupportedError(f"Format '{self.NAME}' does not support checks")
 
+    async def rehearse(self, repair: frozenset[str]) -> Rehearsal:
+        """What ``check`` with ``repair`` would find and write; nothing is written."""
+        raise UnsupportedError(f"Format '{self.NAME}' cannot tell what a repair would do")
+
     @classmethod
     def check_compression_level(cls, options: AnyCreateOptions, level: int) -> None:
         """Raise UsageError unless an image made with ``options`` takes ``level``."""
@@ -410,3 +414,30 @@ class CheckResult(msgspec.Struct, kw_only=True, omit_defaults=True):
     compressed_clusters: int = 0
     messages: list[str] = []
     """What was found, one line each, in the order found ("ERROR …", "Leaked …", "Repairing …")."""
+
+
+PAGE_SIZE = 4096
+"""Bytes of the pieces of a file in which a rehearsal tells what would change."""
+
+
+class ChangedPage(msgspec.Struct, frozen=True):
+    """``PAGE_SIZE`` bytes of an image's file that a repair would change, before and after.
+
+    What lies past the end of the file counts as zeros.
+    """
+
+    offset: int
+    before: bytes
+    after: bytes
+
+
+class Rehearsal(msgspec.Struct, frozen=True):
+    """A repair that was not done. Sizes are those of the file, in bytes."""
+
+    found: CheckResult
+    """What the repair would find, and what of it it would mend."""
+    after: CheckResult
+    """What a check after it would find."""
+    changed: list[ChangedPage]
+    size_before: int
+    size_after: int

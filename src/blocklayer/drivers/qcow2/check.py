@@ -2,6 +2,7 @@
 
 Public:
     check(driver, repair) -> CheckResult   one pass; ``repair`` is a subset of {"leaks", "errors"}
+    look(driver, storage, repair)          the same on other storage: for a rehearsal
     rebuild_refcounts(driver)              what opening a dirty image for writing needs
 
 What the driver offers: ``settle`` before the pass (all metadata is then in the file) and ``reload``
@@ -50,13 +51,18 @@ async def check(driver: Qcow2Driver, repair: frozenset[str]) -> CheckResult:
         await driver.settle()
     image = await _open(Storage(driver.node.children["file"]), repair)
     try:
-        await _pass(image)
-        if image.geometry.data_file:
-            note_end(image, driver.image.data.size)
+        await _pass(image, driver)
     finally:
         if image.changed:
             await image.storage.flush()
             await driver.reload()
+    return image.result
+
+
+async def look(driver: Qcow2Driver, storage: Storage, repair: frozenset[str]) -> CheckResult:
+    """``check`` of the metadata that ``storage`` shows; the driver's own state stays as it is."""
+    image = await _open(storage, repair)
+    await _pass(image, driver)
     return image.result
 
 
@@ -81,7 +87,13 @@ async def _open(storage: Storage, repair: frozenset[str]) -> CheckedImage:
     return CheckedImage(storage, header, repair)
 
 
-async def _pass(image: CheckedImage) -> None:
+async def _pass(image: CheckedImage, driver: Qcow2Driver) -> None:
+    await _compare(image)
+    if image.geometry.data_file:
+        note_end(image, driver.image.data.size)
+
+
+async def _compare(image: CheckedImage) -> None:
     stored = StoredRefcounts(image)
     await stored.load()
     walk = Walk(image)

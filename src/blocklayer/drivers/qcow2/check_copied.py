@@ -26,6 +26,7 @@ from blocklayer.drivers.qcow2.recount import WINDOW_BITS
 from blocklayer.errors import BlockError
 
 _L1_CHUNK: Final = 64 * 1024
+_ZEROS: Final = bytes(512)
 
 
 async def check_copied(image: CheckedImage, stored: StoredRefcounts, *, fix: bool) -> None:
@@ -66,11 +67,14 @@ async def _check_table(
     fix = fix and image.may_write_table(offset)
     data = await image.storage.read(offset, geometry.cluster_size)
     table = load_table(data)
+    pieces = range(0, len(data), len(_ZEROS))
+    used = [at // 8 for at in pieces if data[at : at + len(_ZEROS)] != _ZEROS]
     window_bits, sound = geometry.cluster_bits + WINDOW_BITS, image.sound_windows
     if geometry.data_file:
         sound = set()
     faults = 0
-    for index, entry in enumerate(table):
+    for index in (index for start in used for index in range(start, start + len(_ZEROS) // 8)):
+        entry = table[index]
         if (entry & OFFSET_MASK) >> window_bits in sound:
             continue
         if not entry & OFFSET_MASK or entry & COMPRESSED:

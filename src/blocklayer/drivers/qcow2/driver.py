@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -46,6 +47,7 @@ from blocklayer.graph.driver import (
     Buffer,
     CheckResult,
     DriverInfo,
+    Rehearsal,
     SnapshotInfo,
 )
 from blocklayer.graph.extent import Allocation, Extent
@@ -197,6 +199,8 @@ class Qcow2Driver(Qcow2Maker):
     async def reload(self) -> None:
         """Read everything anew: a repair has rewritten the image below its caches."""
         storage = self.image.storage
+        # It may take 32 MiB, and cycles keep the old state for a while.
+        self.image.l1 = array("Q")
         self._assemble(storage, await self._read_header(storage))
         await self.image.load_l1()
         await self._load_snapshots()
@@ -457,6 +461,12 @@ class Qcow2Driver(Qcow2Maker):
         from blocklayer.drivers.qcow2.check import check
 
         return await check(self, repair)
+
+    async def rehearse(self, repair: frozenset[str]) -> Rehearsal:
+        """Do all that ``check`` does, on a shadow of the file."""
+        from blocklayer.drivers.qcow2.rehearsal import rehearse
+
+        return await rehearse(self, repair)
 
     @property
     def stores_bitmaps(self) -> bool:
