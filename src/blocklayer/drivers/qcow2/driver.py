@@ -21,26 +21,21 @@ import msgspec
 
 from blocklayer.codec.qcow2 import header as qcow2_header
 from blocklayer.codec.qcow2.geometry import Geometry
-from blocklayer.codec.qcow2.header import ImageHeader, decode_header, probe_cluster_bits
-from blocklayer.codec.qcow2.snapshots import (
-    Snapshot,
-    decode_table,
-    table_size_bound,
-    validate_snapshot,
-)
-from blocklayer.codec.qcow2.validation import validate
+from blocklayer.codec.qcow2.header import ImageHeader
+from blocklayer.codec.qcow2.snapshots import Snapshot
 from blocklayer.drivers.qcow2 import data_file, flushing
 from blocklayer.drivers.qcow2.bitmaps import Qcow2BitmapInfo, StoredBitmaps
 from blocklayer.drivers.qcow2.compression import Compressor
 from blocklayer.drivers.qcow2.image import Image
 from blocklayer.drivers.qcow2.making import Qcow2Maker
 from blocklayer.drivers.qcow2.mapping import Mapping
+from blocklayer.drivers.qcow2.reading import load_snapshots, read_header
 from blocklayer.drivers.qcow2.resizing import Resizer
 from blocklayer.drivers.qcow2.settings import Qcow2Options, Settings
 from blocklayer.drivers.qcow2.storage import Storage
 from blocklayer.drivers.qcow2.writing import Writer
 from blocklayer.drivers.qcow2.zeroing import Zeroer
-from blocklayer.errors import BlockError, CorruptionError, FormatError, UnsupportedError
+from blocklayer.errors import BlockError, CorruptionError, UnsupportedError
 from blocklayer.graph import options as graph_options
 from blocklayer.graph.driver import (
     BackingReference,
@@ -59,7 +54,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_HEADER_PROBE_SIZE = 112
 _KNOWN_AUTOCLEAR = qcow2_header.AUTOCLEAR_BITMAPS | qcow2_header.AUTOCLEAR_DATA_FILE_RAW
 
 
@@ -105,12 +99,12 @@ class Qcow2Driver(Qcow2Maker):
         assert isinstance(options, Qcow2Options)
         await self.node.open_child("file", options.file)
         storage = Storage(self.node.children["file"])
-        header = await self._read_header(storage)
+        header = await read_header(storage)
         self._check_supported(header)
         await data_file.open_child(self.node, header)
         self._assemble(storage, header)
         await self.image.load_l1()
-        await self._load_snapshots()
+        await load_snapshots(self.image)
         if not self.node.flags.repair:
             await self.stored_bitmaps.read_directory()
             self.stored_bitmaps.attach()
@@ -118,16 +112,6 @@ class Qcow2Driver(Qcow2Maker):
             await self._become_writer()
         self._clean_timer: asyncio.TimerHandle | None = None
         self._schedule_cleaning()
-
-    async def _read_header(self, storage: Storage) -> ImageHeader:
-        head = await storage.read(0, _HEADER_PROBE_SIZE)
-        try:
-            bits = probe_cluster_bits(head)
-            header = decode_header(await storage.read(0, 1 << bits))
-            validate(header)
-        except (FormatError, UnsupportedError) as error:
-            raise type(error)(f"Could not open '{storage.node.filename}': {error}") from None
-        return header
 
     def _check_supported(self, header: ImageHeader) -> None:
         features = {
@@ -159,21 +143,6 @@ class Qcow2Driver(Qcow2Maker):
         self.zero_alignment = header.cluster_size
         self.discard_alignment = header.cluster_size
 
-    async def _load_snapshots(self) -> None:
-        image, count = self.image, self.image.header.nb_snapshots
-        if not count:
-            return
-        start = image.header.snapshots_offset
-        length = min(table_size_bound(count), max(0, image.storage.size - start))
-        try:
-            image.snapshots, _ = decode_table(await image.storage.read(start, length), count)
-            for snapshot in image.snapshots:
-                validate_snapshot(snapshot, image.geometry)
-        except FormatError as error:
-            raise FormatError(
-                f"Could not read the snapshots of '{self.node.filename}': {error}"
-            ) from None
-
     async def _become_writer(self) -> None:
         """What the format demands before an image may be written."""
         image, header = self.image, self.image.header
@@ -201,9 +170,9 @@ class Qcow2Driver(Qcow2Maker):
         storage = self.image.storage
         # It may take 32 MiB, and cycles keep the old state for a while.
         self.image.l1 = array("Q")
-        self._assemble(storage, await self._read_header(storage))
+        self._assemble(storage, await read_header(storage))
         await self.image.load_l1()
-        await self._load_snapshots()
+        await load_snapshots(self.image)
         if not self.node.flags.repair:
             await self.stored_bitmaps.read_directory()
         self.node.mapping_changed()
