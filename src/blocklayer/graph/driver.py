@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from blocklayer.graph.child import Child
     from blocklayer.graph.graph import Graph
     from blocklayer.graph.node import Node
+    from blocklayer.graph.rehearsal import Rehearsal
     from blocklayer.graph.streams import ImageStream
 
 Buffer = bytes | bytearray | memoryview
@@ -414,30 +415,3 @@ class CheckResult(msgspec.Struct, kw_only=True, omit_defaults=True):
     compressed_clusters: int = 0
     messages: list[str] = []
     """What was found, one line each, in the order found ("ERROR …", "Leaked …", "Repairing …")."""
-
-
-PAGE_SIZE = 4096
-"""Bytes of the pieces of a file in which a rehearsal tells what would change."""
-
-
-class ChangedPage(msgspec.Struct, frozen=True):
-    """``PAGE_SIZE`` bytes of an image's file that a repair would change, before and after.
-
-    What lies past the end of the file counts as zeros.
-    """
-
-    offset: int
-    before: bytes
-    after: bytes
-
-
-class Rehearsal(msgspec.Struct, frozen=True):
-    """A repair that was not done. Sizes are those of the file, in bytes."""
-
-    found: CheckResult
-    """What the repair would find, and what of it it would mend."""
-    after: CheckResult
-    """What a check after it would find."""
-    changed: list[ChangedPage]
-    size_before: int
-    size_after: int

@@ -2,7 +2,8 @@
 
 1. Exit codes: 0 sound (now), 1 could not be checked, 2 corruptions, 3 leaked clusters only, 63 the
    format has no checks.
-2. --dry-run exits as a check without repair would. --backup is complete before a repair begins.
+2. --dry-run exits with 2 or 3 by what would be mended, or left as it is. --backup is complete
+   before a repair begins.
 3. What is wrong is told on standard error, line by line; standard output has the summary.
 """
 

@@ -42,7 +42,6 @@ from blocklayer.graph.driver import (
     Buffer,
     CheckResult,
     DriverInfo,
-    Rehearsal,
     SnapshotInfo,
 )
 from blocklayer.graph.extent import Allocation, Extent
@@ -51,6 +50,7 @@ from blocklayer.units import align_up
 
 if TYPE_CHECKING:
     from blocklayer.drivers.qcow2.snapshots import Snapshots
+    from blocklayer.graph.rehearsal import Rehearsal
 
 T = TypeVar("T")
 
