@@ -11,8 +11,9 @@ from itertools import islice
 from typing import Any
 
 from blocklayer.errors import BlockError
+from blocklayer.graph.checking import CheckResult
 from blocklayer.graph.create import create_image
-from blocklayer.graph.driver import CheckResult, FormatDriver
+from blocklayer.graph.driver import FormatDriver
 from blocklayer.graph.graph import Graph
 from blocklayer.graph.node import Flags
 from blocklayer.graph.open import open_image

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from blocklayer.errors import UnsupportedError
-from blocklayer.graph.driver import CheckResult, FormatDriver
+from blocklayer.graph.checking import PAGE_SIZE, CheckResult, Rehearsal
+from blocklayer.graph.driver import FormatDriver
 from blocklayer.graph.node import Node
-from blocklayer.graph.rehearsal import PAGE_SIZE, Rehearsal
 
 REPAIRS = {"leaks": frozenset({"leaks"}), "all": frozenset({"leaks", "errors"})}
 """What ``repair`` may name, and which kinds of damage it lets ``check`` mend."""

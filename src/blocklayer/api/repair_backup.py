@@ -25,7 +25,7 @@ from blocklayer.codec.repair_backup import (
     encode,
 )
 from blocklayer.errors import FormatError, StorageError, UsageError
-from blocklayer.graph.rehearsal import Rehearsal
+from blocklayer.graph.checking import Rehearsal
 
 
 def save(rehearsal: Rehearsal, path: str) -> None:

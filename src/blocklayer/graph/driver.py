@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import msgspec
 
 from blocklayer.errors import UnsupportedError, UsageError
+from blocklayer.graph.checking import CheckResult, Rehearsal
 from blocklayer.graph.child import Role
 from blocklayer.graph.extent import Allocation, Extent, Kind
 from blocklayer.graph.options import AmendOptions, CreateOptions, NodeOptions
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from blocklayer.graph.child import Child
     from blocklayer.graph.graph import Graph
     from blocklayer.graph.node import Node
-    from blocklayer.graph.rehearsal import Rehearsal
     from blocklayer.graph.streams import ImageStream
 
 Buffer = bytes | bytearray | memoryview
@@ -398,20 +398,3 @@ class FormatDriver(Driver):
     async def create(cls, graph: Graph, target: Node, options: CreateOptions) -> None:
         """Write a new, empty image to ``target``, an open writable protocol node of size 0."""
         raise UnsupportedError(f"Format driver '{cls.NAME}' does not support image creation")
-
-
-class CheckResult(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What ``check`` found, in QEMU's terms; counts are of clusters or entries."""
-
-    check_errors: int = 0
-    corruptions: int = 0
-    leaks: int = 0
-    corruptions_fixed: int = 0
-    leaks_fixed: int = 0
-    image_end_offset: int = 0
-    total_clusters: int = 0
-    allocated_clusters: int = 0
-    fragmented_clusters: int = 0
-    compressed_clusters: int = 0
-    messages: list[str] = []
-    """What was found, one line each, in the order found ("ERROR …", "Leaked …", "Repairing …")."""

@@ -37,7 +37,7 @@ from blocklayer.errors import BlockError, CorruptionError
 
 if TYPE_CHECKING:
     from blocklayer.drivers.qcow2.driver import Qcow2Driver
-    from blocklayer.graph.driver import CheckResult
+    from blocklayer.graph.checking import CheckResult
 
 _HEADER_PROBE_SIZE = 112
 _MAX_UNREADABLE_LISTED = 10_000

@@ -21,7 +21,7 @@ from blocklayer.codec.qcow2.refcounts import decode_block
 from blocklayer.drivers.qcow2.recount import Recount
 from blocklayer.drivers.qcow2.storage import Storage
 from blocklayer.errors import CorruptionError
-from blocklayer.graph.driver import CheckResult
+from blocklayer.graph.checking import CheckResult
 from blocklayer.units import MIB, SECTOR
 
 _MAX_MESSAGES: Final = 100_000

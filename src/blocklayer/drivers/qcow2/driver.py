@@ -37,20 +37,15 @@ from blocklayer.drivers.qcow2.writing import Writer
 from blocklayer.drivers.qcow2.zeroing import Zeroer
 from blocklayer.errors import BlockError, CorruptionError, UnsupportedError
 from blocklayer.graph import options as graph_options
-from blocklayer.graph.driver import (
-    BackingReference,
-    Buffer,
-    CheckResult,
-    DriverInfo,
-    SnapshotInfo,
-)
+from blocklayer.graph.checking import CheckResult
+from blocklayer.graph.driver import BackingReference, Buffer, DriverInfo, SnapshotInfo
 from blocklayer.graph.extent import Allocation, Extent
 from blocklayer.graph.waiting import in_place
 from blocklayer.units import align_up
 
 if TYPE_CHECKING:
     from blocklayer.drivers.qcow2.snapshots import Snapshots
-    from blocklayer.graph.rehearsal import Rehearsal
+    from blocklayer.graph.checking import Rehearsal
 
 T = TypeVar("T")
 

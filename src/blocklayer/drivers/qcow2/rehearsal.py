@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blocklayer.drivers.qcow2.storage import Storage
-from blocklayer.graph.rehearsal import PAGE_SIZE, ChangedPage, Rehearsal
+from blocklayer.graph.checking import PAGE_SIZE, ChangedPage, Rehearsal
 
 if TYPE_CHECKING:
     from blocklayer.drivers.qcow2.driver import Qcow2Driver

@@ -1,4 +1,4 @@
-"""What a repair would do: the answer of ``FormatDriver.rehearse``."""
+"""What a check found, and what a repair would do: the answers of ``check`` and ``rehearse``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,25 @@ from typing import Final
 
 import msgspec
 
-from blocklayer.graph.driver import CheckResult
-
 PAGE_SIZE: Final = 4096
 """Bytes of the pieces of a file in which a rehearsal tells what would change."""
+
+
+class CheckResult(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What ``check`` found, in QEMU's terms; counts are of clusters or entries."""
+
+    check_errors: int = 0
+    corruptions: int = 0
+    leaks: int = 0
+    corruptions_fixed: int = 0
+    leaks_fixed: int = 0
+    image_end_offset: int = 0
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    fragmented_clusters: int = 0
+    compressed_clusters: int = 0
+    messages: list[str] = []
+    """What was found, one line each, in the order found ("ERROR …", "Leaked …", "Repairing …")."""
 
 
 class ChangedPage(msgspec.Struct, frozen=True):
