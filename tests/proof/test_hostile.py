@@ -61,7 +61,13 @@ def examine(folder: Path, cases: Iterable[hostile.Case]) -> dict[str, list[str]]
     faults: dict[str, list[str]] = {}
     command = [sys.executable, hostile_worker.__file__]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        # Each thread's arena would take 64 MiB of the limit, used or not.
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
     ) as worker:
         assert worker.stdin is not None
         assert worker.stdout is not None
