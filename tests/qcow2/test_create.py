@@ -230,8 +230,8 @@ def test_a_backing_file_name_that_does_not_fit(tmpfs: Path, options: dict[str, A
 
 
 def test_an_unknown_option_is_refused() -> None:
-    with pytest.raises(UsageError, match="data_file"):
-        decode(Qcow2CreateOptions, {"size": MIB, "data_file": "a.raw"})
+    with pytest.raises(UsageError, match="data_size"):
+        decode(Qcow2CreateOptions, {"size": MIB, "data_size": 1})
 
 
 @pytest.mark.parametrize("preallocation", ["off", "metadata", "falloc"])

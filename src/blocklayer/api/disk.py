@@ -68,6 +68,7 @@ class Disk:
         discard: str = "unmap",
         detect_zeroes: str = "off",
         repair: bool = False,
+        no_io: bool = False,
         one_pass: bool = False,
         snapshot: str | None = None,
         policy: Policy | None = None,
@@ -95,6 +96,7 @@ class Disk:
             discard_unmap=discard == "unmap",
             detect_zeroes=detect_zeroes,
             repair=repair,
+            no_io=no_io,
             one_pass=one_pass,
             named_by=named_by,
         )

@@ -32,13 +32,16 @@ def protocol_options(name: str, registry: Registry) -> dict[str, Any]:
     """Options of the protocol node that plain ``name`` stands for (``json:`` is not plain)."""
     scheme = scheme_of(name)
     if scheme is None or scheme == "file":
-        path = name.removeprefix("file:")
-        driver = "host_device" if _is_device(path) else "file"
-        return {"driver": driver, "filename": path}
+        return path_options(name.removeprefix("file:"))
     driver_name = registry.scheme_driver(scheme)
     if driver_name is None:
         raise UsageError(f"Unknown protocol '{scheme}'")
     return {"driver": driver_name, **registry.load_protocol(driver_name).parse_filename(name)}
+
+
+def path_options(path: str) -> dict[str, Any]:
+    """Options of the protocol node for a path of this host."""
+    return {"driver": "host_device" if _is_device(path) else "file", "filename": path}
 
 
 def _is_device(path: str) -> bool:
@@ -67,7 +70,14 @@ def image_options(name: str, registry: Registry, format: str | None = None) -> d
 
 def resolve_relative(image: str, name: str) -> str:
     """``name`` as found in ``image``, made relative to where ``image`` is."""
-    if not name or name.startswith("/") or name.startswith("json:") or scheme_of(name):
+    if not name or name.startswith("json:") or scheme_of(name):
+        return name
+    return resolve_path(image, name)
+
+
+def resolve_path(image: str, name: str) -> str:
+    """The path ``name`` as found in ``image``, made relative to where ``image`` is."""
+    if name.startswith("/"):
         return name
     if image.startswith("json:"):
         raise UsageError(f"Cannot tell the folder of '{image}', to which '{name}' is relative")

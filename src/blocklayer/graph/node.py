@@ -40,6 +40,8 @@ class Flags(msgspec.Struct, kw_only=True):
     detect_zeroes: str = "off"
     repair: bool = False
     """Opened to be checked or repaired: one that is marked dirty or corrupt is let in as it is."""
+    no_io: bool = False
+    """Only what the image says of itself is wanted: a data file may stay closed."""
     one_pass: bool = False
     """Every place will be visited once, in order: caches beyond a little are a waste of memory."""
     named_by: str | None = None

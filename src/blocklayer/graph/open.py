@@ -21,7 +21,9 @@ from blocklayer.graph.child import Role
 from blocklayer.graph.driver import FormatDriver, ProtocolDriver
 from blocklayer.graph.filename import (
     image_options,
+    path_options,
     protocol_options,
+    resolve_path,
     resolve_relative,
     scheme_of,
     storage_of,
@@ -271,6 +273,7 @@ def _flags(options: NodeOptions, inherited: Flags) -> Flags:
         discard_unmap=unmap if options.discard is UNSET else options.discard == "unmap",
         detect_zeroes=chosen(options.detect_zeroes, inherited.detect_zeroes),
         repair=inherited.repair,
+        no_io=inherited.no_io,
         one_pass=inherited.one_pass,
         named_by=inherited.named_by,
     )
@@ -352,6 +355,17 @@ async def _open_backing(graph: Graph, node: Node, seen: set[object | None]) -> N
         return await _open_one(graph, options, flags)
     except BlockError as error:
         raise error.reworded(f"Could not open backing file: {error}") from error
+
+
+def data_file_options(node: Node, name: str) -> dict[str, Any]:
+    """Options for the storage of the data file ``name`` that ``node``'s image names.
+
+    The name is a path, whatever it looks like: an image cannot make us speak a protocol with it,
+    or choose options.
+    """
+    path = resolve_path(storage_of(node).filename, name)
+    node.graph.policy.check(node.filename, "data file", path, local=True)
+    return path_options(path)
 
 
 def _named_backing(

@@ -11,7 +11,9 @@ Public:
    table fits in one cluster (with more clusters the order differs, as does a preallocated image's).
 2. The header comes last, in one write, after all else is on stable storage: a crash before leaves a
    file that no reader takes for an image.
-3. Refcount blocks count themselves, the table, and every cluster that the layout uses, no other.
+3. A data file is complete before the header names it. One that did not exist is removed again when
+   creation fails. It lies where the image will look for it: a relative name starts at the image.
+4. Refcount blocks count themselves, the table, and every cluster that the layout uses, no other.
 """
 
 from __future__ import annotations
@@ -26,14 +28,16 @@ from msgspec import Meta
 from blocklayer.codec.qcow2.entries import COPIED, store_table
 from blocklayer.codec.qcow2.geometry import MAX_REFCOUNT_TABLE_SIZE, Geometry
 from blocklayer.codec.qcow2.header import (
+    AUTOCLEAR_DATA_FILE_RAW,
     COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSION_ZSTD,
+    INCOMPATIBLE_DATA_FILE,
     INCOMPATIBLE_EXTENDED_L2,
     MAX_BACKING_FILE_SIZE,
     ImageHeader,
 )
 from blocklayer.codec.qcow2.refcounts import TYPECODES, encode_block
-from blocklayer.codec.qcow2.subclusters import store_l2_table
+from blocklayer.codec.qcow2.subclusters import ALLOCATED, store_l2_table
 from blocklayer.errors import UsageError
 from blocklayer.graph import io
 from blocklayer.graph.options import CreateOptions, Size
@@ -74,6 +78,11 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
     ] = None
     backing_file: Annotated[str | None, Meta(description="File name of a base image")] = None
     backing_fmt: Annotated[str | None, Meta(description="Image format of the base image")] = None
+    data_file: Annotated[str | None, Meta(description="File name of an external data file")] = None
+    data_file_raw: Annotated[
+        bool | None,
+        Meta(description="The external data file must stay valid as a raw image"),
+    ] = None
     lazy_refcounts: Annotated[bool, Meta(description="Postpone refcount updates")] = False
     refcount_bits: Annotated[int, Meta(description="Width of a reference count entry in bits")] = 16
 
@@ -90,13 +99,20 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
             version=self.version,
             refcount_order=self.refcount_bits.bit_length() - 1,
             extended_l2=self.extended_l2,
+            data_file=self.data_file is not None,
         )
+
+    @property
+    def mapped(self) -> bool:
+        """Whether every cluster has its place from the start; a raw data file is the whole disk."""
+        return self.preallocation not in (None, "off") or bool(self.data_file_raw)
 
     def validate(self) -> None:
         """Raise UsageError unless an image can be made like this."""
         self.validate_units()
         if self.version < 3:
             self._validate_version_2()
+        self._validate_data_file()
         self._validate_backing()
         if align_up(self.size, SECTOR) > self.geometry.max_size:
             raise UsageError(
@@ -139,6 +155,23 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
         if self.compression_type != "zlib":
             raise UsageError(f"Non-zlib compression type is only supported with {newer}")
 
+    def _validate_data_file(self) -> None:
+        if self.data_file is None:
+            if self.data_file_raw:
+                raise UsageError("data-file-raw requires data-file")
+            return
+        if not self.data_file:
+            raise UsageError("Expected data file name, got empty string")
+        if self.version < 3:
+            raise UsageError(
+                "External data files are only supported with compatibility level 1.1 and above "
+                "(use version=v3 or greater)"
+            )
+        if self.data_file_raw and self.backing_file:
+            raise UsageError("Backing file and data-file-raw cannot be used at the same time")
+        # Nothing of the layout changes the header's length: one that does not fit shows here.
+        new_header(self, plan(self.geometry, 0)).encode()
+
     def _validate_backing(self) -> None:
         if self.backing_file == "":
             raise UsageError("Expected backing file name, got empty string")
@@ -171,7 +204,7 @@ class Layout(msgspec.Struct, frozen=True):
     l2_offset: int
     """The first L2 table; all are contiguous. 0 if nothing is mapped."""
     data_offset: int
-    """The first data cluster; all are contiguous."""
+    """The first data cluster; all are contiguous. With a data file: 0, its start."""
     data_clusters: int
     blocks: list[tuple[int, int]]
     """(index in the refcount table, offset) of every refcount block, by offset."""
@@ -194,7 +227,7 @@ def plan(geometry: Geometry, size: int, *, mapped: bool = False) -> Layout:
     l1_clusters = geometry.cluster_count(l1_size * 8)
     l2_clusters = l1_size if mapped else 0
     data_clusters = geometry.cluster_count(size) if mapped else 0
-    content = l1_clusters + l2_clusters + data_clusters
+    content = l1_clusters + l2_clusters + (0 if geometry.data_file else data_clusters)
     table_clusters = 1
     while True:
         first = table_clusters + 2
@@ -217,7 +250,7 @@ def plan(geometry: Geometry, size: int, *, mapped: bool = False) -> Layout:
         l1_offset=first << bits if l1_size else 0,
         l1_size=l1_size,
         l2_offset=(first + l1_clusters) << bits if mapped else 0,
-        data_offset=(first + l1_clusters + l2_clusters) << bits,
+        data_offset=0 if geometry.data_file else (first + l1_clusters + l2_clusters) << bits,
         data_clusters=data_clusters,
         blocks=[(index, cluster << bits) for index, cluster in placed],
         used_clusters=used,
@@ -260,6 +293,11 @@ def new_header(options: Qcow2CreateOptions, layout: Layout) -> ImageHeader:
         refcount_order=layout.geometry.refcount_order,
         backing_file=options.backing_file,
     )
+    if options.data_file is not None:
+        header.incompatible_features |= INCOMPATIBLE_DATA_FILE
+        header.data_file = options.data_file
+        if options.data_file_raw:
+            header.autoclear_features |= AUTOCLEAR_DATA_FILE_RAW
     if options.compression_type == "zstd":
         header.compression_type = COMPRESSION_ZSTD
     if options.backing_file is not None and options.backing_fmt is not None:
@@ -271,14 +309,28 @@ def new_header(options: Qcow2CreateOptions, layout: Layout) -> ImageHeader:
 async def create(graph: Graph, target: Node, options: Qcow2CreateOptions) -> None:
     """Write a new image to ``target``, an open writable protocol node."""
     options.validate()
-    mapped = options.preallocation not in (None, "off")
-    layout = plan(options.geometry, align_up(options.size, SECTOR), mapped=mapped)
+    layout = plan(options.geometry, align_up(options.size, SECTOR), mapped=options.mapped)
+    if options.data_file is None:
+        await _write_image(target, options, layout, options.preallocation)
+        return
+    from blocklayer.drivers.qcow2.create_data_file import created_data_file
+
+    async with created_data_file(graph, target, options, layout.size):
+        await _write_image(target, options, layout, None)
+
+
+async def _write_image(
+    target: Node, options: Qcow2CreateOptions, layout: Layout, preallocation: str | None
+) -> None:
     header = new_header(options, layout).encode()
-    await _make_room(target, layout, options.preallocation)
+    await _make_room(target, layout, preallocation)
     for offset, data in refcount_pieces(layout):
         await io.write(target, offset, data)
-    if mapped:
-        await _write_mapping(target, layout)
+    if options.mapped:
+        # Of a preallocated cluster no subcluster has data: what is below shows through. A raw data
+        # file is all data.
+        bitmap = ALLOCATED if options.data_file_raw else 0
+        await _write_mapping(target, layout, bitmap)
     await io.flush(target)
     await io.write(target, 0, header[: layout.file_size])
     await io.flush(target)
@@ -321,8 +373,11 @@ def _block(layout: Layout, index: int) -> bytes:
     return encode_block(counts, order)
 
 
-async def _write_mapping(target: Node, layout: Layout) -> None:
-    """L1 and L2 tables that map every guest cluster to the data clusters, in order."""
+async def _write_mapping(target: Node, layout: Layout, bitmap: int) -> None:
+    """L1 and L2 tables that map every guest cluster to the data clusters, in order.
+
+    ``bitmap`` goes beside every extended entry.
+    """
     if not layout.l1_size:
         return
     geometry = layout.geometry
@@ -335,8 +390,7 @@ async def _write_mapping(target: Node, layout: Layout) -> None:
             layout.data_offset + (start << geometry.cluster_bits), count, geometry.cluster_size
         )
         offset = layout.l2_offset + start * geometry.l2_entry_size
-        # Of a preallocated cluster no subcluster has data: what is below shows through.
-        bitmaps = array("Q", bytes(8 * count)) if geometry.extended_l2 else None
+        bitmaps = array("Q", (bitmap,)) * count if geometry.extended_l2 else None
         await io.write(target, offset, store_l2_table(entries, bitmaps))
 
 

@@ -4,13 +4,16 @@
    understood are cleared, and refcounts that the dirty bit calls untrusted are rebuilt.
 2. Metadata that contradicts itself stops the request with a CorruptionError. In an image open for
    writing, the corrupt bit is set and writes are refused from then on; reads go on (R4).
-3. Closing writes everything back, in the order of a flush, then what lazy refcounts left out, then
+3. What cannot be had with a data file (snapshots, compressed clusters) is refused before anything
+   happens.
+4. Closing writes everything back, in the order of a flush, then what lazy refcounts left out, then
    the persistent bitmaps.
 """
 
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -18,45 +21,35 @@ import msgspec
 
 from blocklayer.codec.qcow2 import header as qcow2_header
 from blocklayer.codec.qcow2.geometry import Geometry
-from blocklayer.codec.qcow2.header import ImageHeader, decode_header, probe_cluster_bits
-from blocklayer.codec.qcow2.snapshots import (
-    Snapshot,
-    decode_table,
-    table_size_bound,
-    validate_snapshot,
-)
-from blocklayer.codec.qcow2.validation import validate
-from blocklayer.drivers.qcow2 import flushing
+from blocklayer.codec.qcow2.header import ImageHeader
+from blocklayer.codec.qcow2.snapshots import Snapshot
+from blocklayer.drivers.qcow2 import data_file, flushing
 from blocklayer.drivers.qcow2.bitmaps import BitmapKeeper, Qcow2BitmapInfo, StoredBitmaps
 from blocklayer.drivers.qcow2.compression import Compressor
 from blocklayer.drivers.qcow2.image import Image
 from blocklayer.drivers.qcow2.making import Qcow2Maker
 from blocklayer.drivers.qcow2.mapping import Mapping
+from blocklayer.drivers.qcow2.reading import load_snapshots, read_header
 from blocklayer.drivers.qcow2.resizing import Resizer
 from blocklayer.drivers.qcow2.settings import Qcow2Options, Settings
 from blocklayer.drivers.qcow2.storage import Storage
 from blocklayer.drivers.qcow2.writing import Writer
 from blocklayer.drivers.qcow2.zeroing import Zeroer
-from blocklayer.errors import BlockError, CorruptionError, FormatError, UnsupportedError
+from blocklayer.errors import BlockError, CorruptionError, UnsupportedError
 from blocklayer.graph import options as graph_options
-from blocklayer.graph.driver import (
-    BackingReference,
-    Buffer,
-    CheckResult,
-    DriverInfo,
-    SnapshotInfo,
-)
+from blocklayer.graph.checking import CheckResult
+from blocklayer.graph.driver import BackingReference, Buffer, DriverInfo, SnapshotInfo
 from blocklayer.graph.extent import Allocation, Extent
 from blocklayer.graph.waiting import in_place
 from blocklayer.units import align_up
 
 if TYPE_CHECKING:
     from blocklayer.drivers.qcow2.snapshots import Snapshots
+    from blocklayer.graph.checking import Rehearsal
 
 T = TypeVar("T")
 
-_HEADER_PROBE_SIZE = 112
-_KNOWN_AUTOCLEAR = qcow2_header.AUTOCLEAR_BITMAPS
+_KNOWN_AUTOCLEAR = qcow2_header.AUTOCLEAR_BITMAPS | qcow2_header.AUTOCLEAR_DATA_FILE_RAW
 
 
 class Qcow2Info(msgspec.Struct, rename="kebab", omit_defaults=True, kw_only=True):
@@ -67,6 +60,8 @@ class Qcow2Info(msgspec.Struct, rename="kebab", omit_defaults=True, kw_only=True
     lazy_refcounts: bool | None = None
     bitmaps: list[Qcow2BitmapInfo] | None = None
     refcount_bits: int
+    data_file: str | None = None
+    data_file_raw: bool | None = None
     corrupt: bool | None = None
     extended_l2: bool | None = None
 
@@ -98,11 +93,12 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         assert isinstance(options, Qcow2Options)
         await self.node.open_child("file", options.file)
         storage = Storage(self.node.children["file"])
-        header = await self._read_header(storage)
+        header = await read_header(storage)
         self._check_supported(header)
+        await data_file.open_child(self.node, header)
         self._assemble(storage, header)
         await self.image.load_l1()
-        await self._load_snapshots()
+        await load_snapshots(self.image)
         if not self.node.flags.repair:
             await self.stored_bitmaps.read_directory()
             self.stored_bitmaps.attach()
@@ -111,19 +107,8 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         self._clean_timer: asyncio.TimerHandle | None = None
         self._schedule_cleaning()
 
-    async def _read_header(self, storage: Storage) -> ImageHeader:
-        head = await storage.read(0, _HEADER_PROBE_SIZE)
-        try:
-            bits = probe_cluster_bits(head)
-            header = decode_header(await storage.read(0, 1 << bits))
-            validate(header)
-        except (FormatError, UnsupportedError) as error:
-            raise type(error)(f"Could not open '{storage.node.filename}': {error}") from None
-        return header
-
     def _check_supported(self, header: ImageHeader) -> None:
         features = {
-            "an external data file": header.has_data_file,
             "encryption": header.crypt_method != qcow2_header.CRYPT_NONE,
         }
         used = [name for name, present in features.items() if present]
@@ -139,7 +124,8 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         node, options = self.node, self.node.options
         assert isinstance(options, Qcow2Options)
         settings = Settings.make(options, node.flags, header, Geometry.of(header))
-        self.image = image = Image(node, storage, header, settings)
+        data = data_file.storage_of(node, storage, header)
+        self.image = image = Image(node, storage, data, header, settings)
         self.stored_bitmaps = StoredBitmaps(image)
         if header.extended_l2:
             from blocklayer.drivers.qcow2.subclusters import (
@@ -160,21 +146,6 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         self.allocation_unit = header.cluster_size
         self.zero_alignment = self.discard_alignment = image.geometry.subcluster_size
 
-    async def _load_snapshots(self) -> None:
-        image, count = self.image, self.image.header.nb_snapshots
-        if not count:
-            return
-        start = image.header.snapshots_offset
-        length = min(table_size_bound(count), max(0, image.storage.size - start))
-        try:
-            image.snapshots, _ = decode_table(await image.storage.read(start, length), count)
-            for snapshot in image.snapshots:
-                validate_snapshot(snapshot, image.geometry)
-        except FormatError as error:
-            raise FormatError(
-                f"Could not read the snapshots of '{self.node.filename}': {error}"
-            ) from None
-
     async def _become_writer(self) -> None:
         """What the format demands before an image may be written."""
         image, header = self.image, self.image.header
@@ -185,6 +156,8 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
                 f"Could not open '{image.storage.node.filename}': qcow2: Image is corrupt; "
                 "cannot be opened read/write"
             )
+        if header.has_data_file:
+            await image.data.reserve(header.size)
         if header.autoclear_features & ~_KNOWN_AUTOCLEAR:
             await image.update_header(
                 autoclear_features=header.autoclear_features & _KNOWN_AUTOCLEAR
@@ -198,9 +171,11 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
     async def reload(self) -> None:
         """Read everything anew: a repair has rewritten the image below its caches."""
         storage = self.image.storage
-        self._assemble(storage, await self._read_header(storage))
+        # It may take 32 MiB, and cycles keep the old state for a while.
+        self.image.l1 = array("Q")
+        self._assemble(storage, await read_header(storage))
         await self.image.load_l1()
-        await self._load_snapshots()
+        await load_snapshots(self.image)
         if not self.node.flags.repair:
             await self.stored_bitmaps.read_directory()
         self.node.mapping_changed()
@@ -286,6 +261,9 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
             compression_type="zstd" if zstd else "zlib",
             refcount_bits=self.image.geometry.refcount_bits,
         )
+        if header.has_data_file:
+            info.data_file = header.data_file or None
+            info.data_file_raw = self.image.data_file_raw
         if header.version == 3:
             lazy = header.compatible_features & qcow2_header.COMPATIBLE_LAZY_REFCOUNTS
             corrupt = header.incompatible_features & qcow2_header.INCOMPATIBLE_CORRUPT
@@ -344,6 +322,7 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:
         """Store clusters compressed."""
+        data_file.refuse(self.image, "compressed clusters")
         try:
             await self.compressor.write(offset, data)
         except CorruptionError as error:
@@ -351,10 +330,12 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
 
     def pack(self, data: Buffer, level: int | None = None) -> bytes | None:
         """Compress one cluster."""
+        data_file.refuse(self.image, "compressed clusters")
         return self.compressor.pack(data, level)
 
     async def write_packed(self, offset: int, parts: Sequence[bytes]) -> None:
         """Store compressed clusters."""
+        data_file.refuse(self.image, "compressed clusters")
         try:
             await self.compressor.write_packed(offset, parts)
         except CorruptionError as error:
@@ -386,6 +367,8 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
 
     async def change_backing(self, reference: BackingReference | None) -> None:
         """Rewrite the backing file's name and format in the header."""
+        if reference is not None:
+            data_file.refuse_backing(self.image)
         async with self.image.lock:
             self.node.check_writable()
             await self.image.update_header(
@@ -438,6 +421,7 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
     async def _on_snapshots(self, do: Callable[[Snapshots], Awaitable[T]]) -> T:
         from blocklayer.drivers.qcow2.snapshots import Snapshots
 
+        data_file.refuse(self.image, "internal snapshots")
         try:
             async with self.image.lock:
                 return await do(Snapshots(self.image, self.mapping, self.writer))
@@ -459,6 +443,12 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         from blocklayer.drivers.qcow2.check import check
 
         return await check(self, repair)
+
+    async def rehearse(self, repair: frozenset[str]) -> Rehearsal:
+        """Do all that ``check`` does, on a shadow of the file."""
+        from blocklayer.drivers.qcow2.rehearsal import rehearse
+
+        return await rehearse(self, repair)
 
 
 def _snapshot_info(snapshot: Snapshot) -> SnapshotInfo:
