@@ -304,7 +304,7 @@ class Convert(Command):
         if self.bitmaps and (from_pipe or to_pipe):
             raise UsageError("--bitmaps cannot be used with standard input or output")
         if from_pipe:
-            if len(names) > 1 or self.backing is not None or self.snapshot is not None or to_pipe:
+            if len(names) > 1 or self._makes_overlay or self.snapshot is not None or to_pipe:
                 raise UsageError("standard input can only be the one source of a copy to a file")
             options = None if self.no_create else parse_options(self.target_options) or {}
             check_input(self.source_format, self.target_format or "raw", options)
@@ -326,7 +326,7 @@ class Convert(Command):
         )
         streamed = StreamOptions(
             sparse_size=None if self.sparse_size is None else options.sparse_size,
-            top_only=self.backing is not None,
+            top_only=self._makes_overlay,
             workers=options.workers,
             bytes_per_s=options.bytes_per_s,
             salvage=options.salvage,

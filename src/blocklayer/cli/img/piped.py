@@ -79,7 +79,7 @@ async def give(
         async with aclosing(streaming.chunks()) as pieces:
             async for piece in pieces:
                 await pipe.write(piece)
-        shown.update(1, 1)
+        shown.update(streaming.size, streaming.size)
 
 
 async def take(target: Root, options: CopyOptions, progress: str | None, *, grow: bool) -> None:
@@ -94,5 +94,5 @@ async def take(target: Root, options: CopyOptions, progress: str | None, *, grow
             if total:
                 shown.update(done, total)
 
-        await Receiver(pipe.read, target, options, grow=grow, progress=update).receive()
-        shown.update(1, 1)
+        size = await Receiver(pipe.read, target, options, grow=grow, progress=update).receive()
+        shown.update(size, size)
