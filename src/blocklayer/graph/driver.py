@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import msgspec
 
-from blocklayer.errors import UnsupportedError, UsageError
+from blocklayer.errors import UnsupportedError
 from blocklayer.graph.child import Role
 from blocklayer.graph.extent import Allocation, Extent, Kind
 from blocklayer.graph.options import AmendOptions, CreateOptions, NodeOptions
@@ -331,10 +331,7 @@ class FormatDriver(Driver):
         """The space could not be filled: give it back."""
 
     def pack(self, data: Buffer, level: int | None = None) -> bytes | None:
-        """One unit (or the image's tail) compressed; None if that gains nothing. In any thread.
-
-        Raises UsageError for a ``level`` that is not offered; None is the default.
-        """
+        """One unit (or the image's tail) compressed; None if that gains nothing. In any thread."""
         raise UnsupportedError(f"Format '{self.NAME}' does not support compressed writes")
 
     async def write_packed(self, offset: int, parts: Sequence[bytes]) -> None:
@@ -384,11 +381,6 @@ class FormatDriver(Driver):
     async def check(self, repair: frozenset[str]) -> CheckResult:
         """Compare all metadata; ``repair`` is a subset of {"leaks", "errors"}."""
         raise UnsupportedError(f"Format '{self.NAME}' does not support checks")
-
-    @classmethod
-    def check_compression_level(cls, options: AnyCreateOptions, level: int) -> None:
-        """Raise UsageError unless an image made with ``options`` takes ``level``."""
-        raise UsageError(f"Compression levels are not offered for format '{cls.NAME}'")
 
     @classmethod
     def stream(cls, options: AnyCreateOptions, *, compress: bool, level: int | None) -> ImageStream:

@@ -291,12 +291,12 @@ class Convert(Command):
     def _check_level(self, level: int) -> None:
         """Raise UsageError unless the image to be made takes this compression level."""
         driver = REGISTRY.load(self.target_format or "raw")
-        declared = driver.CreateOptions
-        if declared is None or not issubclass(driver, FormatDriver):
-            return
+        assert issubclass(driver, FormatDriver)
+        assert driver.CreateOptions is not None
         values = parse_options(self.target_options) or {}
-        own = {name: values[name] for name in declared.__struct_fields__ if name in values}
-        driver.check_compression_level(decode(declared, own), level)
+        chosen = {name: values[name] for name in ("compression_type",) if name in values}
+        # A stream takes the levels that a file takes, and looks at them when it is made.
+        driver.stream(decode(driver.CreateOptions, chosen), compress=True, level=level)
 
     def _check_pipes(self, names: list[str], to_pipe: bool) -> None:
         """Raise BlockError for what standard input or output cannot do."""
@@ -304,7 +304,7 @@ class Convert(Command):
         if self.bitmaps and (from_pipe or to_pipe):
             raise UsageError("--bitmaps cannot be used with standard input or output")
         if from_pipe:
-            if len(names) > 1 or self.backing is not None or self.snapshot is not None or to_pipe:
+            if len(names) > 1 or self._makes_overlay or self.snapshot is not None or to_pipe:
                 raise UsageError("standard input can only be the one source of a copy to a file")
             options = None if self.no_create else parse_options(self.target_options) or {}
             check_input(self.source_format, self.target_format or "raw", options)
@@ -326,7 +326,7 @@ class Convert(Command):
         )
         streamed = StreamOptions(
             sparse_size=None if self.sparse_size is None else options.sparse_size,
-            top_only=self.backing is not None,
+            top_only=self._makes_overlay,
             workers=options.workers,
             bytes_per_s=options.bytes_per_s,
             salvage=options.salvage,
