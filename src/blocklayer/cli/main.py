@@ -240,6 +240,7 @@ def _run_command(place: str, called: str, arguments: list[str]) -> int:
     command_class = load_command(place)
     try:
         command = parse(command_class, arguments, called)
+        _import("blocklayer.cli.objects").define(command.object)
         _answer_progress_signal()
         if command.writes:
             return _run_as_task(command)

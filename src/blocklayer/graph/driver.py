@@ -285,6 +285,8 @@ class FormatDriver(Driver):
     """
     relocates: ClassVar[bool] = False
     """Whether the place of guest bytes can change (if not, writes need no serialising)."""
+    new_reads_zero: ClassVar[bool] = True
+    """Whether a new image reads as zeros where nothing was written."""
 
     @classmethod
     def amend_options(cls) -> type[AmendOptions] | None:
@@ -346,8 +348,13 @@ class FormatDriver(Driver):
         """Rewrite what the header says of the backing file. The graph is not changed."""
         raise UnsupportedError(f"Format '{self.NAME}' does not support changing the backing file")
 
-    async def amend(self, options: AmendOptions, progress: Callable[[int, int], None]) -> None:
-        """Change what ``options`` say; no request is in flight. ``progress(done, total)``."""
+    async def amend(
+        self, options: AmendOptions, progress: Callable[[int, int], None], *, force: bool = False
+    ) -> None:
+        """Change what ``options`` say; no request is in flight. ``progress(done, total)``.
+
+        ``force`` allows what may make the disk's data unreadable.
+        """
         raise UnsupportedError(f"Format driver '{self.NAME}' does not support option amendment")
 
     async def make_empty(self) -> None:

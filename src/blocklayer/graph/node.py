@@ -44,6 +44,8 @@ class Flags(msgspec.Struct, kw_only=True):
     """Every place will be visited once, in order: caches beyond a little are a waste of memory."""
     named_by: str | None = None
     """The image on whose word the node is opened; None for what the user named."""
+    metadata_only: bool = False
+    """No guest data will be asked for: encrypted images are opened without their keys."""
 
     def inherited(self, role: Role) -> Flags:
         """What a child in ``role`` has where its own options are silent."""
@@ -54,6 +56,7 @@ class Flags(msgspec.Struct, kw_only=True):
                 force_share=self.force_share,
                 one_pass=self.one_pass,
                 named_by=self.named_by,
+                metadata_only=self.metadata_only,
             )
         return Flags(
             read_only=self.read_only,
@@ -65,6 +68,7 @@ class Flags(msgspec.Struct, kw_only=True):
             discard_unmap=True,
             one_pass=self.one_pass,
             named_by=self.named_by,
+            metadata_only=self.metadata_only,
         )
 
 

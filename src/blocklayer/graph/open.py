@@ -273,6 +273,7 @@ def _flags(options: NodeOptions, inherited: Flags) -> Flags:
         repair=inherited.repair,
         one_pass=inherited.one_pass,
         named_by=inherited.named_by,
+        metadata_only=inherited.metadata_only,
     )
     if flags.force_share and not flags.read_only:
         raise UsageError("force-share=on can only be used with read-only images")

@@ -79,6 +79,7 @@ class Check(Command):
             cache=check_cache(self.cache, "source cache"),
             quiet=self.quiet,
             repair=True,
+            metadata_only=True,
         )
         try:
             found = await check_image(

@@ -23,18 +23,31 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from blocklayer.codec.qcow2.entries import COPIED, store_table
+from blocklayer.codec.luks import new_header as new_luks_header
+from blocklayer.codec.qcow2.entries import COPIED, ZERO, store_table
 from blocklayer.codec.qcow2.geometry import MAX_REFCOUNT_TABLE_SIZE, Geometry
 from blocklayer.codec.qcow2.header import (
     COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSION_ZSTD,
+    CRYPT_LUKS,
+    EXTENSION_FULL_DISK_ENCRYPTION,
     INCOMPATIBLE_EXTENDED_L2,
     MAX_BACKING_FILE_SIZE,
     ImageHeader,
 )
 from blocklayer.codec.qcow2.refcounts import TYPECODES, encode_block
 from blocklayer.codec.qcow2.subclusters import store_l2_table
-from blocklayer.errors import UsageError
+from blocklayer.codec.qcow2.validation import encode_full_disk_encryption
+from blocklayer.drivers.crypto.options import (
+    CipherName,
+    HashName,
+    IterationTime,
+    IvGeneratorName,
+    IvHashName,
+    ModeName,
+    VolumeOptions,
+)
+from blocklayer.errors import UnsupportedError, UsageError
 from blocklayer.graph import io
 from blocklayer.graph.options import CreateOptions, Size
 from blocklayer.units import KIB, MIB, SECTOR, align_up, is_power_of_two
@@ -51,13 +64,42 @@ _CHUNK: Final = MIB
 _VERSIONS: Final = {None: 3, "0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
 
-class Qcow2CreateOptions(CreateOptions, kw_only=True):
+_ENCRYPT_NAMES: Final = {
+    "encrypt_format": "encrypt.format",
+    "encrypt_key_secret": "encrypt.key-secret",
+    "encrypt_cipher_alg": "encrypt.cipher-alg",
+    "encrypt_cipher_mode": "encrypt.cipher-mode",
+    "encrypt_ivgen_alg": "encrypt.ivgen-alg",
+    "encrypt_ivgen_hash_alg": "encrypt.ivgen-hash-alg",
+    "encrypt_hash_alg": "encrypt.hash-alg",
+    "encrypt_iter_time": "encrypt.iter-time",
+}
+
+
+class Qcow2CreateOptions(CreateOptions, kw_only=True, rename=_ENCRYPT_NAMES):
     """What a new qcow2 image can be told."""
 
     BEFORE_SIZE: ClassVar = frozenset(
-        ("cluster_size", "extended_l2", "preallocation", "compression_type")
-    )
+        ("cluster_size", "extended_l2", "preallocation", "compression_type", "encryption")
+    ) | frozenset(_ENCRYPT_NAMES.values())
 
+    encryption: Annotated[
+        bool | None,
+        Meta(description="Encrypt the image with format 'aes' (read only by now: refused)"),
+    ] = None
+    encrypt_format: Annotated[
+        Literal["aes", "luks"] | None,
+        Meta(description="Encrypt the image, format choices: 'luks' ('aes' can only be read)"),
+    ] = None
+    encrypt_key_secret: Annotated[
+        str | None, Meta(description="ID of secret providing qcow AES key or LUKS passphrase")
+    ] = None
+    encrypt_cipher_alg: CipherName = None
+    encrypt_cipher_mode: ModeName = None
+    encrypt_ivgen_alg: IvGeneratorName = None
+    encrypt_ivgen_hash_alg: IvHashName = None
+    encrypt_hash_alg: HashName = None
+    encrypt_iter_time: IterationTime = None
     cluster_size: Annotated[Size, Meta(description="qcow2 cluster size")] = 64 * KIB
     extended_l2: Annotated[bool, Meta(description="Extended L2 tables")] = False
     preallocation: Annotated[
@@ -92,9 +134,37 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
             extended_l2=self.extended_l2,
         )
 
+    @property
+    def volume(self) -> VolumeOptions:
+        """How data is to be encrypted, if it is."""
+        return VolumeOptions(
+            cipher_alg=self.encrypt_cipher_alg,
+            cipher_mode=self.encrypt_cipher_mode,
+            ivgen_alg=self.encrypt_ivgen_alg,
+            ivgen_hash_alg=self.encrypt_ivgen_hash_alg,
+            hash_alg=self.encrypt_hash_alg,
+            iter_time=self.encrypt_iter_time,
+        )
+
+    @property
+    def encryption_header_size(self) -> int:
+        """Bytes of the LUKS header and its slots; 0 in an image that is not encrypted."""
+        if self.encrypt_format is None:
+            return 0
+        volume = self.volume
+        header = new_luks_header(
+            volume.spec, volume.hash_name, uuid="", digest_salt=b"", detached=False
+        )
+        return header.payload_offset
+
+    def secrets(self) -> list[str]:
+        """The passphrase's."""
+        return [self.encrypt_key_secret] if self.encrypt_key_secret else []
+
     def validate(self) -> None:
         """Raise UsageError unless an image can be made like this."""
         self.validate_units()
+        self._validate_encryption()
         if self.version < 3:
             self._validate_version_2()
         self._validate_backing()
@@ -123,6 +193,28 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
             raise UsageError(
                 "Refcount width must be a power of two and may not exceed "
                 f"{_MAX_REFCOUNT_BITS} bits"
+            )
+
+    def _validate_encryption(self) -> None:
+        if self.encryption or self.encrypt_format == "aes":
+            raise UnsupportedError(
+                "Images with the old AES encryption can only be read: use encrypt.format=luks"
+            )
+        if self.encrypt_format is None:
+            given = [
+                option for name, option in _ENCRYPT_NAMES.items() if getattr(self, name) is not None
+            ]
+            if given:
+                raise UsageError("Parameter 'encrypt.format' is missing")
+            return
+        if self.encrypt_key_secret is None:
+            raise UsageError("Parameter 'encrypt.key-secret' is required for cipher")
+        _ = self.volume.spec, self.volume.time_ms
+        if self.version < 3 and self.preallocation not in (None, "off"):
+            # Without zero clusters the guest would see what the space decrypts to.
+            raise UsageError(
+                "Preallocation of encrypted images is only supported with compatibility level 1.1 "
+                "and above (use version=v3 or greater)"
             )
 
     def _validate_version_2(self) -> None:
@@ -157,7 +249,7 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
                 f"{MAX_BACKING_FILE_SIZE} bytes"
             )
         # Nothing of the layout changes the header's length: one that does not fit shows here.
-        new_header(self, plan(self.geometry, 0)).encode()
+        new_header(self, plan(self.geometry, 0, crypto=self.encryption_header_size)).encode()
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -177,6 +269,9 @@ class Layout(msgspec.Struct, frozen=True):
     """(index in the refcount table, offset) of every refcount block, by offset."""
     used_clusters: int
     file_size: int
+    crypto_offset: int = 0
+    """The LUKS header, 0 if there is none."""
+    crypto_size: int = 0
 
     @property
     def table_offset(self) -> int:
@@ -184,17 +279,19 @@ class Layout(msgspec.Struct, frozen=True):
         return self.geometry.cluster_size
 
 
-def plan(geometry: Geometry, size: int, *, mapped: bool = False) -> Layout:
-    """Where everything goes in an image of ``size`` bytes; ``mapped``: all clusters preallocated.
+def plan(geometry: Geometry, size: int, *, mapped: bool = False, crypto: int = 0) -> Layout:
+    """Where everything goes in an image of ``size`` bytes; ``mapped``: all clusters preallocated,
+    ``crypto``: bytes of a LUKS header.
 
-    Header, refcount table and first refcount block lead, then the L1 table, then what is mapped,
-    then the refcount blocks that all this needs besides the first.
+    Header, refcount table and first refcount block lead, then the L1 table, the LUKS header, what
+    is mapped, and the refcount blocks that all this needs besides the first.
     """
     l1_size = geometry.l1_entries(size)
     l1_clusters = geometry.cluster_count(l1_size * 8)
     l2_clusters = l1_size if mapped else 0
     data_clusters = geometry.cluster_count(size) if mapped else 0
-    content = l1_clusters + l2_clusters + data_clusters
+    crypto_clusters = geometry.cluster_count(crypto)
+    content = l1_clusters + crypto_clusters + l2_clusters + data_clusters
     table_clusters = 1
     while True:
         first = table_clusters + 2
@@ -209,15 +306,18 @@ def plan(geometry: Geometry, size: int, *, mapped: bool = False) -> Layout:
         )
     bits = geometry.cluster_bits
     # qemu-img ends the file with the last entry of an L1 table that comes last.
-    ends_in_l1 = len(placed) == 1 and not mapped and l1_size
+    ends_in_l1 = len(placed) == 1 and not mapped and not crypto and l1_size
+    after = first + l1_clusters + crypto_clusters
     return Layout(
         geometry=geometry,
         size=size,
         table_clusters=table_clusters,
         l1_offset=first << bits if l1_size else 0,
         l1_size=l1_size,
-        l2_offset=(first + l1_clusters) << bits if mapped else 0,
-        data_offset=(first + l1_clusters + l2_clusters) << bits,
+        crypto_offset=(first + l1_clusters) << bits if crypto else 0,
+        crypto_size=crypto,
+        l2_offset=after << bits if mapped else 0,
+        data_offset=(after + l2_clusters) << bits,
         data_clusters=data_clusters,
         blocks=[(index, cluster << bits) for index, cluster in placed],
         used_clusters=used,
@@ -264,6 +364,10 @@ def new_header(options: Qcow2CreateOptions, layout: Layout) -> ImageHeader:
         header.compression_type = COMPRESSION_ZSTD
     if options.backing_file is not None and options.backing_fmt is not None:
         header.backing_format = options.backing_fmt
+    if layout.crypto_size:
+        header.crypt_method = CRYPT_LUKS
+        area = encode_full_disk_encryption(layout.crypto_offset, layout.crypto_size)
+        header.set_extension(EXTENSION_FULL_DISK_ENCRYPTION, area)
     header.set_feature_names()
     return header
 
@@ -272,16 +376,37 @@ async def create(graph: Graph, target: Node, options: Qcow2CreateOptions) -> Non
     """Write a new image to ``target``, an open writable protocol node."""
     options.validate()
     mapped = options.preallocation not in (None, "off")
-    layout = plan(options.geometry, align_up(options.size, SECTOR), mapped=mapped)
+    crypto = options.encryption_header_size
+    layout = plan(options.geometry, align_up(options.size, SECTOR), mapped=mapped, crypto=crypto)
     header = new_header(options, layout).encode()
     await _make_room(target, layout, options.preallocation)
     for offset, data in refcount_pieces(layout):
         await io.write(target, offset, data)
     if mapped:
         await _write_mapping(target, layout)
+    if crypto:
+        await _write_key_slots(graph, target, layout, options)
     await io.flush(target)
     await io.write(target, 0, header[: layout.file_size])
     await io.flush(target)
+
+
+async def _write_key_slots(
+    graph: Graph, target: Node, layout: Layout, options: Qcow2CreateOptions
+) -> None:
+    from blocklayer.drivers.crypto.keys import KeySlots, make_header
+    from blocklayer.drivers.crypto.storage import NodeStorage
+
+    assert options.encrypt_key_secret is not None
+    volume = options.volume
+    await KeySlots.format(
+        NodeStorage(target),
+        graph.policy,
+        make_header(volume.spec, volume.hash_name),
+        graph.objects.secret(options.encrypt_key_secret).passphrase,
+        volume.time_ms,
+        start=layout.crypto_offset,
+    )
 
 
 async def _make_room(target: Node, layout: Layout, preallocation: str | None) -> None:
@@ -326,13 +451,19 @@ async def _write_mapping(target: Node, layout: Layout) -> None:
     if not layout.l1_size:
         return
     geometry = layout.geometry
+    # In cipher text the zeros of unwritten space are garbage: such clusters say that they are zero.
+    zero = layout.crypto_size and not geometry.extended_l2
+    flags = COPIED | ZERO if zero else COPIED
     l1 = _run(layout.l2_offset, layout.l1_size, geometry.cluster_size)
     await io.write(target, layout.l1_offset, store_table(l1))
     at_once = max(1, _CHUNK >> geometry.cluster_bits) * geometry.l2_entries
     for start in range(0, layout.data_clusters, at_once):
         count = min(at_once, layout.data_clusters - start)
         entries = _run(
-            layout.data_offset + (start << geometry.cluster_bits), count, geometry.cluster_size
+            layout.data_offset + (start << geometry.cluster_bits),
+            count,
+            geometry.cluster_size,
+            flags,
         )
         offset = layout.l2_offset + start * geometry.l2_entry_size
         # Of a preallocated cluster no subcluster has data: what is below shows through.
@@ -340,7 +471,7 @@ async def _write_mapping(target: Node, layout: Layout) -> None:
         await io.write(target, offset, store_l2_table(entries, bitmaps))
 
 
-def _run(offset: int, count: int, cluster_size: int) -> array[int]:
+def _run(offset: int, count: int, cluster_size: int, flags: int = COPIED) -> array[int]:
     """Entries for ``count`` contiguous clusters, each used once."""
-    start = COPIED | offset
+    start = flags | offset
     return array("Q", range(start, start + count * cluster_size, cluster_size))

@@ -14,22 +14,23 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-import msgspec
+from msgspec import UNSET
 
 from blocklayer.codec.qcow2 import header as qcow2_header
 from blocklayer.codec.qcow2.geometry import Geometry
 from blocklayer.codec.qcow2.header import ImageHeader, decode_header, probe_cluster_bits
 from blocklayer.codec.qcow2.snapshots import (
-    Snapshot,
     decode_table,
     table_size_bound,
     validate_snapshot,
 )
 from blocklayer.codec.qcow2.validation import validate
 from blocklayer.drivers.qcow2 import flushing
-from blocklayer.drivers.qcow2.bitmaps import BitmapKeeper, Qcow2BitmapInfo, StoredBitmaps
+from blocklayer.drivers.qcow2.bitmaps import BitmapKeeper, StoredBitmaps
 from blocklayer.drivers.qcow2.compression import Compressor
+from blocklayer.drivers.qcow2.encryption import Encryption, EncryptOptions, refuse_compression
 from blocklayer.drivers.qcow2.image import Image
+from blocklayer.drivers.qcow2.info import Qcow2Info, snapshot_info, specific_info
 from blocklayer.drivers.qcow2.making import Qcow2Maker
 from blocklayer.drivers.qcow2.mapping import Mapping
 from blocklayer.drivers.qcow2.resizing import Resizer
@@ -57,18 +58,6 @@ T = TypeVar("T")
 
 _HEADER_PROBE_SIZE = 112
 _KNOWN_AUTOCLEAR = qcow2_header.AUTOCLEAR_BITMAPS
-
-
-class Qcow2Info(msgspec.Struct, rename="kebab", omit_defaults=True, kw_only=True):
-    """The format specific information that ``info`` shows."""
-
-    compat: str
-    compression_type: str
-    lazy_refcounts: bool | None = None
-    bitmaps: list[Qcow2BitmapInfo] | None = None
-    refcount_bits: int
-    corrupt: bool | None = None
-    extended_l2: bool | None = None
 
 
 class Qcow2Driver(Qcow2Maker, BitmapKeeper):
@@ -100,6 +89,8 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         storage = Storage(self.node.children["file"])
         header = await self._read_header(storage)
         self._check_supported(header)
+        encrypt = EncryptOptions() if options.encrypt is UNSET else options.encrypt
+        self.encryption = await Encryption.open(self.node, storage, header, encrypt)
         self._assemble(storage, header)
         await self.image.load_l1()
         await self._load_snapshots()
@@ -124,7 +115,6 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
     def _check_supported(self, header: ImageHeader) -> None:
         features = {
             "an external data file": header.has_data_file,
-            "encryption": header.crypt_method != qcow2_header.CRYPT_NONE,
         }
         used = [name for name, present in features.items() if present]
         if used:
@@ -140,6 +130,7 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         assert isinstance(options, Qcow2Options)
         settings = Settings.make(options, node.flags, header, Geometry.of(header))
         self.image = image = Image(node, storage, header, settings)
+        image.encryption = self.encryption
         self.stored_bitmaps = StoredBitmaps(image)
         if header.extended_l2:
             from blocklayer.drivers.qcow2.subclusters import (
@@ -216,6 +207,8 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
                 if not self.node.flags.repair and not self.image.stays_dirty:
                     await self.image.set_dirty(False)
                 await self.stored_bitmaps.store()
+        if self.encryption is not None:
+            self.encryption.close()
 
     def _schedule_cleaning(self) -> None:
         interval_s = self.image.settings.clean_interval_s
@@ -274,26 +267,12 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
             vm_state_offset=self._vm_state_offset,
             dirty=self.dirty,
             encrypted=header.crypt_method != qcow2_header.CRYPT_NONE,
-            snapshots=[_snapshot_info(snapshot) for snapshot in self.image.snapshots],
+            snapshots=[snapshot_info(snapshot) for snapshot in self.image.snapshots],
         )
 
     def specific_info(self) -> Qcow2Info:
         """As ``qemu-img info`` shows it."""
-        header = self.image.header
-        zstd = header.compression_type == qcow2_header.COMPRESSION_ZSTD
-        info = Qcow2Info(
-            compat="1.1" if header.version == 3 else "0.10",
-            compression_type="zstd" if zstd else "zlib",
-            refcount_bits=self.image.geometry.refcount_bits,
-        )
-        if header.version == 3:
-            lazy = header.compatible_features & qcow2_header.COMPATIBLE_LAZY_REFCOUNTS
-            corrupt = header.incompatible_features & qcow2_header.INCOMPATIBLE_CORRUPT
-            info.lazy_refcounts = bool(lazy)
-            info.bitmaps = self.stored_bitmaps.info() or None
-            info.corrupt = bool(corrupt)
-            info.extended_l2 = header.extended_l2
-        return info
+        return specific_info(self.image, self.stored_bitmaps.info())
 
     async def storage_has_holes(self) -> bool:
         """Preallocated clusters, perhaps: their data is in the file's holes."""
@@ -302,13 +281,22 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
     async def map(self, offset: int, length: int) -> Extent:
         """Where the guest's bytes live."""
         try:
-            return await self.mapping.map(offset, length)
+            extent = await self.mapping.map(offset, length)
+            return extent if self.encryption is None else self.encryption.shown(extent)
         except CorruptionError as error:
             raise await self._signal(error) from None
 
     async def read_opaque(self, offset: int, view: memoryview) -> None:
-        """Unpack compressed clusters."""
-        await self.compressor.read(offset, view)
+        """Unpack compressed clusters, decrypt others."""
+        if self.encryption is None:
+            await self.compressor.read(offset, view)
+            return
+        await self.encryption.read(offset, view, self.mapping, self.compressor)
+
+    async def write_opaque(self, offset: int, data: Buffer) -> None:
+        """Encrypt clusters that are written in place."""
+        assert self.encryption is not None
+        await self.encryption.write(offset, data, self.mapping)
 
     async def allocate(self, offset: int, length: int) -> Allocation:
         """Set clusters aside for a write."""
@@ -344,6 +332,7 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:
         """Store clusters compressed."""
+        refuse_compression(self.encryption)
         try:
             await self.compressor.write(offset, data)
         except CorruptionError as error:
@@ -351,6 +340,7 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
 
     def pack(self, data: Buffer, level: int | None = None) -> bytes | None:
         """Compress one cluster."""
+        refuse_compression(self.encryption)
         return self.compressor.pack(data, level)
 
     async def write_packed(self, offset: int, parts: Sequence[bytes]) -> None:
@@ -401,14 +391,18 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         return Qcow2AmendOptions
 
     async def amend(
-        self, options: graph_options.AmendOptions, progress: Callable[[int, int], None]
+        self,
+        options: graph_options.AmendOptions,
+        progress: Callable[[int, int], None],
+        *,
+        force: bool = False,
     ) -> None:
-        """Change the image's version, size, or refcounts."""
+        """Change the image's version, size, refcounts, or key slots."""
         from blocklayer.drivers.qcow2.amend import Qcow2AmendOptions, amend
 
         assert isinstance(options, Qcow2AmendOptions)
         try:
-            await amend(self, options, progress)
+            await amend(self, options, progress, force=force)
         except CorruptionError as error:
             raise await self._signal(error) from None
 
@@ -421,7 +415,7 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
 
     async def snapshot_create(self, name: str) -> SnapshotInfo:
         """Keep what the disk holds now."""
-        return _snapshot_info(await self._on_snapshots(lambda them: them.create(name)))
+        return snapshot_info(await self._on_snapshots(lambda them: them.create(name)))
 
     async def snapshot_apply(self, identifier: str) -> None:
         """Go back to what the disk held."""
@@ -459,17 +453,3 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         from blocklayer.drivers.qcow2.check import check
 
         return await check(self, repair)
-
-
-def _snapshot_info(snapshot: Snapshot) -> SnapshotInfo:
-    clock_s, clock_ns = divmod(snapshot.vm_clock_ns, 1_000_000_000)
-    return SnapshotInfo(
-        id=snapshot.id,
-        name=snapshot.name,
-        vm_state_size=snapshot.vm_state_size,
-        date_sec=snapshot.date_s,
-        date_nsec=snapshot.date_ns,
-        vm_clock_sec=clock_s,
-        vm_clock_nsec=clock_ns,
-        icount=snapshot.icount,
-    )

@@ -28,7 +28,9 @@ from blocklayer.codec.qcow2.geometry import Geometry
 from blocklayer.codec.qcow2.header import INCOMPATIBLE_DIRTY, ImageHeader
 from blocklayer.codec.qcow2.rewriting import rewriting
 from blocklayer.codec.qcow2.snapshots import Snapshot
+from blocklayer.codec.qcow2.validation import full_disk_encryption_area
 from blocklayer.drivers.qcow2 import overlap
+from blocklayer.drivers.qcow2.encryption import Encryption
 from blocklayer.drivers.qcow2.frees import Frees
 from blocklayer.drivers.qcow2.overlap import Overlap
 from blocklayer.drivers.qcow2.refcounts import Refcounts
@@ -64,6 +66,7 @@ class Image:
         self.refcounts = Refcounts(self)
         self.slices = SliceCache(self)
         self.frees = Frees(self)
+        self.encryption: Encryption | None = None
         self.trim = False
         """So much was given up that the file is to be cut to what is in use, at close."""
         self.stays_dirty = False
@@ -120,6 +123,9 @@ class Image:
         header, geometry, guard = self.header, self.geometry, self.overlap
         await self.refcounts.load()
         guard.add(overlap.HEADER, 0, geometry.cluster_size)
+        area = full_disk_encryption_area(header)
+        if area is not None:
+            guard.add(overlap.HEADER, *area)
         guard.add(overlap.ACTIVE_L1, header.l1_table_offset, header.l1_size * 8)
         guard.add(
             overlap.REFCOUNT_TABLE,

@@ -34,6 +34,7 @@ from blocklayer.errors import CorruptionError
 from blocklayer.graph import io
 from blocklayer.graph.driver import Buffer
 from blocklayer.graph.extent import Allocation, Extent, Kind
+from blocklayer.graph.waiting import offload
 from blocklayer.units import align_down, align_up
 
 if TYPE_CHECKING:
@@ -186,10 +187,13 @@ class SubclusterWriter(Writer):
             reads_zero = not own and host << bits >= image.storage.size
             await image.storage.reserve((host + count) << bits)
             place = (host << bits) + start - (guest << bits)
-            return Allocation(
+            allocation = Allocation(
                 offset, end - offset, image.storage.child, place,
                 offset - start, stop - end, reads_zero, space,
             )  # fmt: skip
+            if image.encryption is not None:
+                image.encryption.prepare(allocation)
+            return allocation
 
     async def _described(self, guest: int, count: int) -> tuple[array[int], array[int]]:
         """Entries and bitmaps of up to ``count`` clusters from ``guest`` on, checked."""
@@ -262,7 +266,10 @@ class SubclusterWriter(Writer):
             try:
                 head = await io.read_around(node, offset - allocation.head, allocation.head)
                 tail = await io.read_around(node, offset + len(part), allocation.tail)
-                await self._image.storage.write(allocation.host_offset, head, part, tail)
+                stored: list[Buffer] = [head, part, tail]
+                if allocation.seal is not None:
+                    stored = [await offload(allocation.seal, b"".join(stored))]
+                await self._image.storage.write(allocation.host_offset, *stored)
                 await self.commit(allocation)
             except BaseException:
                 await self.abort(allocation)

@@ -21,6 +21,7 @@ from blocklayer.drivers.qcow2.frees import Reason
 from blocklayer.errors import CorruptionError
 from blocklayer.graph.driver import Buffer
 from blocklayer.graph.extent import Allocation
+from blocklayer.graph.waiting import offload
 from blocklayer.units import MIB
 
 if TYPE_CHECKING:
@@ -77,10 +78,13 @@ class Writer:
             await image.storage.reserve((space.host + space.count) << bits)
             head = offset & (size - 1)
             length = min(length, (space.count << bits) - head)
-            return Allocation(
+            allocation = Allocation(
                 offset, length, image.storage.child, space.host << bits,
                 head, -(head + length) % size, reads_zero, space,
             )  # fmt: skip
+            if image.encryption is not None:
+                image.encryption.prepare(allocation)
+            return allocation
 
     def _clusters(self, guest: int, offset: int, length: int) -> int:
         """How many clusters one allocation for the write may have."""
@@ -221,7 +225,10 @@ class Writer:
             allocation = await self.allocate(offset, len(view))
             part = view[: allocation.length]
             try:
-                await self._image.storage.write(allocation.host_offset, part)
+                stored: Buffer = part
+                if allocation.seal is not None:
+                    stored = await offload(allocation.seal, part)
+                await self._image.storage.write(allocation.host_offset, stored)
                 await self.commit(allocation)
             except BaseException:
                 await self.abort(allocation)
