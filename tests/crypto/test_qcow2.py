@@ -24,6 +24,8 @@ SHAPES = [
     {"preallocation": "metadata"},
     {"preallocation": "full", "encrypt.cipher-alg": "aes-192"},
     {"compression_type": "zstd", "refcount_bits": 64},
+    {"extended_l2": "on"},
+    {"extended_l2": "on", "preallocation": "metadata", "cluster_size": "16k"},
 ]
 
 
