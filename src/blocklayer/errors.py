@@ -7,8 +7,9 @@
     ├── UnsupportedError       valid, but this driver or this image cannot do it
     ├── FormatError            the image's structure is invalid where it was read
     │   └── CorruptionError    metadata contradicts itself; the image was, or should be, marked
-    corrupt
+    │                          corrupt
     ├── CancelledError         the caller called a long operation off
+    ├── ProtocolError          a peer on the network does not speak its protocol
     └── StorageError           the host refused: errno kept (EIO, ENOSPC, ENOENT, …)
 
 1. A message names the file or node, the offset in hex where there is one, and what to do next if
@@ -72,6 +73,12 @@ class CorruptionError(FormatError):
     """Metadata that contradicts itself: reading on would return wrong data."""
 
     errno = _errno.EIO
+
+
+class ProtocolError(BlockError):
+    """A peer does not speak as the protocol requires: nothing more it says can be trusted."""
+
+    errno = _errno.EPROTO
 
 
 class StorageError(BlockError):

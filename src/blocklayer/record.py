@@ -64,7 +64,7 @@ class _RecordMeta(msgspec.StructMeta):
         hints = get_type_hints(cls, include_extras=True)
         codes = [get_args(hints[field])[1] for field in cls.__struct_fields__]
         layout = struct.Struct(byte_order + "".join(codes))
-        cls._layout = layout
+        cls.LAYOUT = layout
         cls._byte_widths = {
             index: int(code[:-1]) for index, code in enumerate(codes) if code.endswith("s")
         }
@@ -76,7 +76,8 @@ class Record(msgspec.Struct, metaclass=_RecordMeta):
     """Base of every declared structure; subclass with `byte_order="<"` for little endian."""
 
     SIZE: ClassVar[int]
-    _layout: ClassVar[struct.Struct]
+    LAYOUT: ClassVar[struct.Struct]
+    """For loops in which a record per entry costs too much: the fields, as declared."""
     _byte_widths: ClassVar[dict[int, int]]
 
     def pack(self) -> bytes:
@@ -89,7 +90,7 @@ class Record(msgspec.Struct, metaclass=_RecordMeta):
                     f"{len(values[index])} bytes do not fit in {width}"
                 )
         try:
-            return self._layout.pack(*values)
+            return self.LAYOUT.pack(*values)
         except struct.error as error:
             raise ValueError(f"{self!r} does not fit its fields: {error}") from error
 
@@ -101,4 +102,4 @@ class Record(msgspec.Struct, metaclass=_RecordMeta):
                 f"{cls.__name__} at offset {offset:#x} needs {cls.SIZE} bytes, "
                 f"only {max(0, len(data) - offset)} are there"
             )
-        return cls(*cls._layout.unpack_from(data, offset))
+        return cls(*cls.LAYOUT.unpack_from(data, offset))

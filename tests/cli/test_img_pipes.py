@@ -133,6 +133,26 @@ def test_a_full_disk(folder: Path) -> None:
     assert b"standard output after 0 bytes: No space left on device" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("-O qcow2 top.qcow2 - >&-", "standard output is closed"),
+        ("-f raw - new.raw <&-", "standard input is closed"),
+        ("-O qcow2 -p top.qcow2 new.qcow2 >&-", "standard output is closed"),
+    ],
+)
+def test_closed_streams(line: str, said: str, folder: Path) -> None:
+    before = sorted(os.listdir(folder))
+    command = f"{shlex.join(CONVERT)} {line}"
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=folder, stderr=subprocess.PIPE, check=False, text=True
+    )
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(os.listdir(folder)) == before
+
+
 def test_a_terminal_is_no_place_for_an_image(folder: Path) -> None:
     leader, follower = pty.openpty()
     try:
@@ -158,6 +178,7 @@ REFUSED = """
 -f qcow2 - new.raw: only raw can
 -f raw - top.qcow2 new.raw: the one source
 -f raw - -: the one source
+-f raw -O qcow2 -o backing_file=top.qcow2,backing_fmt=qcow2 - new.qcow2: the one source
 -f raw -O vdi - new.vdi: cannot grow
 -f raw -O qcow2 -o preallocation=full - new.qcow2: preallocation needs a size
 -f raw -n -O qcow2 - small.qcow2: the input is larger than the output file: 'small.qcow2' has 65536

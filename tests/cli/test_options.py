@@ -130,6 +130,8 @@ Options:
   -o, --options OPTS        many values
   -r, --repair a|b          a choice
   -p, --progress[=json]     may have a value
+  --object OBJDEF           define an object that others may refer to, as
+                            secret,id=ID,file=PATH or in JSON (repeatable)
 
 Output:
   -h, --help                print this help and exit

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from blocklayer.cli.shell.completion import Completer
 from blocklayer.cli.shell.parsing import parse_message, parse_value, split_words
 from blocklayer.errors import UsageError
+from blocklayer.graph.events import EVENTS, JobStatusChange
 from blocklayer.qmp.commands import COMMANDS
-from blocklayer.qmp.event_types import EVENTS, JobStatusChange
 from blocklayer.qmp.schema import schema
 from blocklayer.qmp.server import Server
 from oracles import HANG_TIMEOUT_S

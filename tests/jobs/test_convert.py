@@ -27,6 +27,8 @@ OPTIONS = """
 -O qcow2 -o cluster_size=512
 -O qcow2 -o cluster_size=2M
 -O qcow2 -o cluster_size=2M -c
+-O qcow2 -o refcount_bits=1 -c
+-O qcow2 -o refcount_bits=2,cluster_size=1k -c
 -O qcow2 -o compat=0.10
 -O qcow2 -o refcount_bits=1
 -O qcow2 -o refcount_bits=64,cluster_size=4k

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from blocklayer.codec.qcow2.geometry import Geometry
 from blocklayer.codec.qcow2.header import decode_header
 from blocklayer.drivers import REGISTRY
-from blocklayer.drivers.qcow2.create import Qcow2CreateOptions, create, plan
+from blocklayer.drivers.qcow2.create import Qcow2CreateOptions, create
+from blocklayer.drivers.qcow2.layout import plan
 from blocklayer.errors import StorageError, UsageError
 from blocklayer.graph import io
 from blocklayer.graph.graph import Graph

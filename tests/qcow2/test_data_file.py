@@ -257,7 +257,7 @@ def test_the_policy_is_asked(tmp_path: Path) -> None:
         disk = await Disk.open(path, policy=Policy(allow=(str(tmp_path / "data"),)))
         await disk.close()
         # Of itself the image says all it has to say without a look at the data file.
-        disk = await Disk.open(path, policy=Policy(references=False), no_io=True)
+        disk = await Disk.open(path, policy=Policy(references=False), metadata_only=True)
         with pytest.raises(UsageError, match="left closed"):
             await disk.read(0, 512)
         await disk.close()

@@ -126,17 +126,6 @@ def test_corrupt_bit_keeps_writers_out(image: Path) -> None:
     run(scenario())
 
 
-def test_unsupported_features_are_refused_by_name(image: Path) -> None:
-    patch(image, 32, struct.pack(">I", 1))
-
-    async def scenario() -> None:
-        with pytest.raises(UnsupportedError, match="encryption"):
-            async with opened(image, read_only=True):
-                pass
-
-    run(scenario())
-
-
 def test_misaligned_entry_marks_the_image_corrupt_and_stops_writes(
     image: Path, qemu_io: Oracle
 ) -> None:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from msgspec import UNSET, Meta, UnsetType
 
 from blocklayer.codec.addresses import InetSocket, SocketAddress, UnixSocket
+from blocklayer.graph.events import UInt64
 from blocklayer.qmp.errors import CommandError
 from blocklayer.qmp.nodes import BlockdevOptions
-from blocklayer.qmp.shapes import UInt64, shape_of
+from blocklayer.qmp.shapes import shape_of
 from blocklayer.qmp.visiting import visit
 from qmp.conversation import Message, real_daemon, talk
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from blocklayer.errors import BlockError
+from blocklayer.graph.events import JobStatusChange
 from blocklayer.qmp.client import Client, CommandFailed, ConnectionLost
-from blocklayer.qmp.event_types import JobStatusChange
 from qmp.conversation import Peer, real_daemon, run, serving
 
 qemu_qmp = pytest.importorskip("qemu.qmp")

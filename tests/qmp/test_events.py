@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from blocklayer.qmp.event_types import BlockIoError, JobStatusChange
+from blocklayer.graph.events import BlockIoError, JobStatusChange
 from blocklayer.qmp.events import EventHub
 
 

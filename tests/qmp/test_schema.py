@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from blocklayer.graph.events import EVENTS
 from blocklayer.qmp.commands import COMMANDS
-from blocklayer.qmp.event_types import EVENTS
 from blocklayer.qmp.monitor import Monitor
 from blocklayer.qmp.nodes import BlockdevOptions
 from blocklayer.qmp.registry import CommandTable

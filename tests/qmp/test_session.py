@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
+from blocklayer.graph.events import Event
 from blocklayer.qmp import session
 from blocklayer.qmp.commands.protocol import qmp_capabilities, query_version
-from blocklayer.qmp.events import Event
 from blocklayer.qmp.monitor import MAX_REQUESTS, Monitor
 from blocklayer.qmp.registry import Arguments, CommandTable
 from qmp.conversation import Peer, as_bytes, run, serving

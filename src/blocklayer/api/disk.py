@@ -68,9 +68,10 @@ class Disk:
         discard: str = "unmap",
         detect_zeroes: str = "off",
         repair: bool = False,
-        no_io: bool = False,
         one_pass: bool = False,
         snapshot: str | None = None,
+        metadata_only: bool = False,
+        secrets: Mapping[str, bytes] | None = None,
         policy: Policy | None = None,
         named_by: str | None = None,
         graph: Graph | None = None,
@@ -81,8 +82,11 @@ class Disk:
         another process writes. ``cache`` is a name from ``CACHE_MODES``. ``repair`` lets an image
         that is marked dirty or corrupt in as it is, to be checked. ``one_pass`` keeps caches small,
         for who goes through the disk once. ``snapshot``, an id or a name, shows that internal
-        snapshot in place of the disk, read-only. ``policy`` says what images may open (else
-        ``default_policy``); ``named_by`` is the image that names this one, if it is not the user.
+        snapshot in place of the disk, read-only. ``metadata_only`` opens encrypted images without
+        their keys and leaves data files closed, to look at and check; ``secrets`` holds passphrases
+        by the ids that options (``key-secret``) name them with. ``policy`` says what images may
+        open (else ``default_policy``); ``named_by`` is the image that names this one, if it is not
+        the user.
         Raises BlockError.
         """
         if cache not in CACHE_MODES:
@@ -96,11 +100,13 @@ class Disk:
             discard_unmap=discard == "unmap",
             detect_zeroes=detect_zeroes,
             repair=repair,
-            no_io=no_io,
             one_pass=one_pass,
             named_by=named_by,
+            metadata_only=metadata_only,
         )
         where = graph or Graph(REGISTRY, policy)
+        for name, data in (secrets or {}).items():
+            where.objects.add_secret(name, data)
         source = image if isinstance(image, (str, Mapping)) else os.fspath(image)
         node = await open_image(where, source, format=format, flags=flags, backing=backing)
         taken = int(Permission.CONSISTENT_READ)
@@ -168,13 +174,18 @@ class Disk:
         await self.root.truncate(size, preallocation=preallocation, shrink=shrink)
 
     async def amend(
-        self, *, progress: Callable[[int, int], None] = lambda done, total: None, **options: Any
+        self,
+        *,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        force: bool = False,
+        **options: Any,
     ) -> None:
         """Change what the image is; ``options`` go by the names of ``amend -o``.
 
-        Raises UsageError or UnsupportedError before anything has changed.
+        ``force`` allows to erase the last key of an encrypted image, and with it the disk. Raises
+        UsageError or UnsupportedError before anything has changed.
         """
-        await amend(self.root, options, progress)
+        await amend(self.root, options, progress, force=force)
 
     def info(self, *, limits: bool = False) -> ImageInfo:
         """What the image is: everything but guest data; ``limits`` adds what requests it likes."""
@@ -230,15 +241,20 @@ async def create(
     format: str = "qcow2",
     backing: str | os.PathLike[str] | None = None,
     backing_format: str | None = None,
+    secrets: Mapping[str, bytes] | None = None,
     policy: Policy | None = None,
     **options: Any,
 ) -> None:
     """Make a new image. ``options`` go by the names of ``-o`` (``cluster_size="2M"``).
 
     ``size`` is bytes or text (``"20G"``); an overlay without one is as large as its backing image.
+    ``secrets`` holds passphrases by the ids that options name them with.
     """
+    graph = Graph(REGISTRY, policy)
+    for name, data in (secrets or {}).items():
+        graph.objects.add_secret(name, data)
     await create_image(
-        Graph(REGISTRY, policy),
+        graph,
         os.fspath(filename),
         format,
         options,

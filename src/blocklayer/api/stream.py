@@ -130,7 +130,8 @@ async def stream(
     )
     taken = Permission.CONSISTENT_READ
     root = Root(disk.root.node, "the stream", taken, taken | Permission.WRITE_UNCHANGED)
-    copy = StreamOptions(sparse_size=sparse_size, top_only=backing is not None)
+    overlay = backing is not None or bool(options.get("backing_file"))
+    copy = StreamOptions(sparse_size=sparse_size, top_only=overlay)
     made = Stream(root, image, copy)
     try:
         await made.plan()

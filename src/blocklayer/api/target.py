@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from blocklayer.drivers import REGISTRY
 from blocklayer.errors import BlockError, UsageError
 from blocklayer.graph.create import create_image
-from blocklayer.graph.filename import storage_of
+from blocklayer.graph.filename import image_options, storage_of
 from blocklayer.graph.graph import Graph
-from blocklayer.graph.options import CreateOptions
+from blocklayer.graph.options import CreateOptions, unflatten
 from blocklayer.graph.root import Root
 
 
@@ -35,6 +36,14 @@ def check_distinct(sources: Sequence[Root], filename: str) -> None:
                 continue
             if same:
                 raise UsageError(f"'{filename}' is read by this command and cannot be its target")
+
+
+def encrypted_target(filename: str, format: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that open the target made with ``options``; empty if its name alone does."""
+    secrets = {name: value for name, value in options.items() if name.endswith("key-secret")}
+    if not secrets:
+        return {}
+    return {**image_options(filename, REGISTRY, format), **unflatten(secrets)}
 
 
 async def create_target(

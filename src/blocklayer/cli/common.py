@@ -15,6 +15,7 @@ import msgspec
 
 from blocklayer.api.disk import CACHE_MODES, Disk
 from blocklayer.cli import console
+from blocklayer.cli.objects import new_graph
 from blocklayer.cli.options import Command, CommandLineError, Option
 from blocklayer.errors import BlockError, FormatError, UnsupportedError, UsageError
 from blocklayer.graph.graph import Graph
@@ -180,7 +181,7 @@ async def open_disk(
             force_share=force_share,
             cache=cache,
             backing=backing,
-            graph=graph,
+            graph=graph or new_graph(),
             **more,
         )
     except BlockError as error:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -33,6 +34,8 @@ class OutputError(StorageError):
 
 def write(text: str) -> None:
     """Put ``text`` on standard output as it is. Raises OutputError, or BrokenPipeError."""
+    if sys.stdout is None:
+        raise OutputError("standard output is closed", errno.EBADF)
     try:
         sys.stdout.write(text)
     except OSError as error:
@@ -46,6 +49,8 @@ def say(line: str) -> None:
 
 def flush() -> None:
     """Hand over what is buffered. Raises OutputError, or BrokenPipeError."""
+    if sys.stdout is None:
+        return
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -71,8 +76,9 @@ def warning(message: str) -> None:
 def complain(line: str) -> None:
     """A line on standard error, after all results so far."""
     flush()
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
 
 
 class Progress:
@@ -86,7 +92,8 @@ class Progress:
         self._style = style
         self._aside = aside
         output = sys.stderr if aside else sys.stdout
-        if style == "bar" and (program.startswith("qemu-") or not output.isatty()):
+        on_terminal = output is not None and output.isatty()
+        if style == "bar" and (program.startswith("qemu-") or not on_terminal):
             self._style = "percent"
         self._meter = Meter(_say_json) if style == "json" else None
         self._shown = -1.0
@@ -125,8 +132,9 @@ class Progress:
 
     def _show(self, text: str) -> None:
         if self._aside:
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            if sys.stderr is not None:
+                sys.stderr.write(text)
+                sys.stderr.flush()
             return
         write(text)
         flush()

@@ -63,8 +63,9 @@ def main(arguments: Sequence[str] | None = None, called: str | None = None) -> i
         console.flush()
         return code
     except (BrokenPipeError, console.OutputError) as error:
-        # What is still buffered has nowhere to go; the interpreter would try once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:
+            # What is still buffered has nowhere to go; the interpreter would try once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, console.OutputError):
             console.error(str(error))
         return 1
@@ -239,6 +240,7 @@ def _run_command(place: str, called: str, arguments: list[str]) -> int:
     command_class = load_command(place)
     try:
         command = parse(command_class, arguments, called)
+        _import("blocklayer.cli.objects").define(command.object)
         _answer_progress_signal()
         if command.writes:
             return _run_as_task(command)

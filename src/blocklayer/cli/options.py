@@ -79,6 +79,15 @@ class Command(msgspec.Struct, kw_only=True):
     uses: list[tuple[str, Any]] = []
     """Every use of an option, field and value, in order: for commands whose options are steps."""
 
+    object: Annotated[
+        list[str],
+        Option(
+            "define an object that others may refer to, as secret,id=ID,file=PATH or in JSON "
+            "(repeatable)",
+            value="OBJDEF",
+        ),
+    ] = msgspec.field(default_factory=list)
+
     @property
     def writes(self) -> bool:
         """Whether images may be changed: Ctrl-C then waits for the next safe point."""
@@ -113,17 +122,19 @@ _HELP = Field("help", Option("print this help and exit", "h", group="Output"), F
 
 
 def fields_of(command: type[Command]) -> list[Field]:
-    """The options of ``command``, in the order declared, ``--help`` first."""
-    found = [_HELP]
+    """The options of ``command``, in the order declared, ``--help`` first, common ones last."""
+    found: list[Field] = [_HELP]
+    last: list[Field] = []
     for name, hint in get_type_hints(command, include_extras=True).items():
         if get_origin(hint) is Annotated:
             kind, *notes = get_args(hint)
-            found += [
+            fields = last if name in Command.__struct_fields__ else found
+            fields += [
                 Field(name, note, get_origin(kind) is list)
                 for note in notes
                 if isinstance(note, Option)
             ]
-    return found
+    return found + last
 
 
 def parse(command: type[AnyCommand], arguments: Sequence[str], called: str) -> AnyCommand:

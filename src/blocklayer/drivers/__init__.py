@@ -20,6 +20,7 @@ DRIVERS: Final = {
     "memory": Entry(f"{_HERE}.memory:MemoryDriver", protocol=True),
     "raw": Entry(f"{_HERE}.raw:RawDriver"),
     "qcow2": Entry(f"{_HERE}.qcow2.driver:Qcow2Driver", magics=((0, b"QFI\xfb"),)),
+    "luks": Entry(f"{_HERE}.crypto.luks:LuksDriver", magics=((0, b"LUKS\xba\xbe"),)),
     "vdi": Entry(f"{_HERE}.vdi:VdiDriver", magics=((0x40, b"\x7f\x10\xda\xbe"),)),
     "vhdx": Entry(f"{_HERE}.vhdx.driver:VhdxDriver", magics=((0, b"vhdxfile"),)),
     "vmdk": Entry(

@@ -23,9 +23,16 @@ def amend_options(driver: type[Driver]) -> type[AmendOptions]:
 
 
 async def amend(
-    root: Root, values: Mapping[str, Any], progress: Callable[[int, int], None]
+    root: Root,
+    values: Mapping[str, Any],
+    progress: Callable[[int, int], None],
+    *,
+    force: bool = False,
 ) -> None:
-    """Change the image at ``root`` as ``values``, named as in ``-o``, say."""
+    """Change the image at ``root`` as ``values``, named as in ``-o``, say.
+
+    ``force`` allows what may make the disk's data unreadable, such as erasing the last key.
+    """
     driver = root.node.driver
     declared = amend_options(type(driver))
     assert isinstance(driver, FormatDriver)
@@ -40,4 +47,4 @@ async def amend(
         raise UsageError(f"Invalid parameter '{name}'")
     options = decode(declared, values)
     async with drained(root.graph, root.node):
-        await driver.amend(options, progress)
+        await driver.amend(options, progress, force=force)

@@ -90,7 +90,7 @@ async def prepare(
         ("backing_fmt", backing_format, "Backing format"),
     ):
         if given is not None:
-            if option not in driver.CreateOptions.__struct_fields__:
+            if option not in driver.CreateOptions.__struct_encode_fields__:
                 raise UsageError(f"{what} not supported for file format '{format}'")
             values[option] = given
     own, below = _split(graph, filename, driver.CreateOptions, values)
@@ -98,11 +98,14 @@ async def prepare(
     name = getattr(decoded, "backing_file", None)
     if name:
         await _complete_from_backing(graph, filename, decoded, name, values, check_backing)
-    elif "size" not in values:
+    elif "size" not in values and decoded.needs_size:
         raise UsageError("Image creation needs a size parameter")
     if decoded.size > MAX_SIZE:
         raise UsageError("Image size must be less than 8 EiB!")
     decoded.validate()
+    for secret in decoded.secrets():
+        # One that is missing must not cost the file that is there now.
+        _ = graph.objects.secret(secret).passphrase
     return decoded, below
 
 
@@ -113,10 +116,11 @@ def _split(
     protocol = graph.registry.load_protocol(
         str(protocol_options(filename, graph.registry)["driver"])
     )
-    below = set(protocol.CreateOptions.__struct_fields__) if protocol.CreateOptions else set()
-    below -= set(own.__struct_fields__)
+    declared = protocol.CreateOptions
+    below = set(declared.__struct_encode_fields__) if declared else set()
+    below -= set(own.__struct_encode_fields__)
     for name in values:
-        if name not in below and name not in own.__struct_fields__:
+        if name not in below and name not in own.__struct_encode_fields__:
             raise UsageError(f"Invalid parameter '{name}'")
     mine = {name: value for name, value in values.items() if name not in below}
     return mine, {name: value for name, value in values.items() if name in below}
@@ -149,7 +153,10 @@ async def _complete_from_backing(
     try:
         # Only its size is read: an image in use by others can get an overlay.
         node = await open_image(
-            graph, full, format=decoded.backing_fmt, flags=Flags(force_share=True)
+            graph,
+            full,
+            format=decoded.backing_fmt,
+            flags=Flags(force_share=True, metadata_only=True),
         )
         size = node.size
         await graph.release(node)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import msgspec
 
-from blocklayer.errors import UnsupportedError, UsageError
+from blocklayer.errors import UnsupportedError
 from blocklayer.graph.checking import CheckResult, Rehearsal
 from blocklayer.graph.child import Role
 from blocklayer.graph.extent import Allocation, Extent, Kind
@@ -286,6 +286,8 @@ class FormatDriver(Driver):
     """
     relocates: ClassVar[bool] = False
     """Whether the place of guest bytes can change (if not, writes need no serialising)."""
+    new_reads_zero: ClassVar[bool] = True
+    """Whether a new image reads as zeros where nothing was written."""
 
     @classmethod
     def amend_options(cls) -> type[AmendOptions] | None:
@@ -332,10 +334,7 @@ class FormatDriver(Driver):
         """The space could not be filled: give it back."""
 
     def pack(self, data: Buffer, level: int | None = None) -> bytes | None:
-        """One unit (or the image's tail) compressed; None if that gains nothing. In any thread.
-
-        Raises UsageError for a ``level`` that is not offered; None is the default.
-        """
+        """One unit (or the image's tail) compressed; None if that gains nothing. In any thread."""
         raise UnsupportedError(f"Format '{self.NAME}' does not support compressed writes")
 
     async def write_packed(self, offset: int, parts: Sequence[bytes]) -> None:
@@ -350,8 +349,13 @@ class FormatDriver(Driver):
         """Rewrite what the header says of the backing file. The graph is not changed."""
         raise UnsupportedError(f"Format '{self.NAME}' does not support changing the backing file")
 
-    async def amend(self, options: AmendOptions, progress: Callable[[int, int], None]) -> None:
-        """Change what ``options`` say; no request is in flight. ``progress(done, total)``."""
+    async def amend(
+        self, options: AmendOptions, progress: Callable[[int, int], None], *, force: bool = False
+    ) -> None:
+        """Change what ``options`` say; no request is in flight. ``progress(done, total)``.
+
+        ``force`` allows what may make the disk's data unreadable.
+        """
         raise UnsupportedError(f"Format driver '{self.NAME}' does not support option amendment")
 
     async def make_empty(self) -> None:
@@ -389,11 +393,6 @@ class FormatDriver(Driver):
     async def rehearse(self, repair: frozenset[str]) -> Rehearsal:
         """What ``check`` with ``repair`` would find and write; nothing is written."""
         raise UnsupportedError(f"Format '{self.NAME}' cannot tell what a repair would do")
-
-    @classmethod
-    def check_compression_level(cls, options: AnyCreateOptions, level: int) -> None:
-        """Raise UsageError unless an image made with ``options`` takes ``level``."""
-        raise UsageError(f"Compression levels are not offered for format '{cls.NAME}'")
 
     @classmethod
     def stream(cls, options: AnyCreateOptions, *, compress: bool, level: int | None) -> ImageStream:

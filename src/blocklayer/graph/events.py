@@ -1,98 +1,170 @@
 """Events: what a graph tells whoever listens, by the names and members that QMP gives them.
 
 ``Graph.notify`` hands an event to every listener at once, between two ``await``s: a listener takes
-note, and does nothing that can wait or fail.
+note, and does nothing that can wait or fail. A rate limit is part of an event's declaration; who
+sends events to clients keeps it (``qmp.events``).
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+UInt64 = Annotated[int, Meta(ge=0, le=2**64 - 1)]
+JobType = Literal[
+    "commit",
+    "stream",
+    "mirror",
+    "backup",
+    "create",
+    "amend",
+    "snapshot-load",
+    "snapshot-save",
+    "snapshot-delete",
+]
+JobStatus = Literal[
+    "undefined",
+    "created",
+    "running",
+    "paused",
+    "ready",
+    "standby",
+    "waiting",
+    "pending",
+    "aborting",
+    "concluded",
+    "null",
+]
+IoOperationType = Literal["read", "write"]
+BlockErrorAction = Literal["ignore", "report", "stop"]
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit_defaults=True):
-    """Base of all events; the members of a derived class are the event's data."""
+class Event(msgspec.Struct, rename="kebab", kw_only=True):
+    """One event's data; a class of it is the declaration. Members that are UNSET are left out."""
 
     NAME: ClassVar[str]
+    INTERVAL_S: ClassVar[float] = 0.0
+    """Seconds between two of a kind; 0: no limit."""
+    KEY: ClassVar[tuple[str, ...]] = ()
+    """The members whose values tell kinds apart."""
+
+    def limited(self) -> bool:
+        """Whether the limit holds for this one."""
+        return True
 
 
-class BlockImageCorrupted(Event, frozen=True, kw_only=True):
-    """A driver found metadata that contradicts itself; ``offset`` and ``size`` in bytes."""
+class JobStatusChange(Event):
+    """A job has a new status."""
 
-    NAME = "BLOCK_IMAGE_CORRUPTED"
-
-    device: str
-    node_name: str | None = None
-    msg: str
-    offset: int | None = None
-    size: int | None = None
-    fatal: bool
-
-
-class BlockWriteThreshold(Event, frozen=True, kw_only=True):
-    """A write reached past the registered offset; sent once."""
-
-    NAME = "BLOCK_WRITE_THRESHOLD"
-
-    node_name: str
-    amount_exceeded: int
-    write_threshold: int
-
-
-class JobStatusChange(Event, frozen=True, kw_only=True):
-    """A job has another status."""
-
-    NAME = "JOB_STATUS_CHANGE"
-
+    NAME: ClassVar[str] = "JOB_STATUS_CHANGE"
     id: str
-    status: str
+    status: JobStatus
 
 
-class BlockJobEvent(Event, frozen=True, kw_only=True):
-    """What the events of a block job have in common; ``device`` is the job's id."""
+class BlockJobEvent(Event):
+    """What events about a block job's course say."""
 
-    type: str
+    type: JobType
     device: str
     len: int
     offset: int
     speed: int
 
 
-class BlockJobCompleted(BlockJobEvent, frozen=True, kw_only=True):
-    """The job has ended, well or with ``error``."""
+class BlockJobCompleted(BlockJobEvent):
+    """A job has ended; ``error`` is there when it failed."""
 
-    NAME = "BLOCK_JOB_COMPLETED"
-
-    error: str | None = None
-
-
-class BlockJobCancelled(BlockJobEvent, frozen=True, kw_only=True):
-    """The job was given up before it was complete."""
-
-    NAME = "BLOCK_JOB_CANCELLED"
+    NAME: ClassVar[str] = "BLOCK_JOB_COMPLETED"
+    error: str | UnsetType = UNSET
 
 
-class BlockJobReady(BlockJobEvent, frozen=True, kw_only=True):
-    """The job has caught up, and can be completed."""
+class BlockJobCancelled(BlockJobEvent):
+    """A job was cancelled before it was complete."""
 
-    NAME = "BLOCK_JOB_READY"
+    NAME: ClassVar[str] = "BLOCK_JOB_CANCELLED"
 
 
-class BlockJobPending(Event, frozen=True, kw_only=True):
-    """The job waits to be finalized."""
+class BlockJobReady(BlockJobEvent):
+    """Source and target are the same: the job may be completed."""
 
-    NAME = "BLOCK_JOB_PENDING"
+    NAME: ClassVar[str] = "BLOCK_JOB_READY"
 
-    type: str
+
+class BlockJobPending(Event):
+    """A job waits for ``job-finalize``."""
+
+    NAME: ClassVar[str] = "BLOCK_JOB_PENDING"
+    type: JobType
     id: str
 
 
-class BlockJobError(Event, frozen=True, kw_only=True):
-    """A request of the job failed, and ``action`` was taken."""
+class BlockJobError(Event):
+    """A job met an I/O error, and what it does about it."""
 
-    NAME = "BLOCK_JOB_ERROR"
-
+    NAME: ClassVar[str] = "BLOCK_JOB_ERROR"
     device: str
-    operation: Literal["read", "write"]
-    action: Literal["ignore", "report", "stop"]
+    operation: IoOperationType
+    action: BlockErrorAction
+
+
+class BlockIoError(Event, kw_only=True):
+    """A request of a device failed. Once a second for each device, unless the device stops."""
+
+    NAME: ClassVar[str] = "BLOCK_IO_ERROR"
+    INTERVAL_S: ClassVar[float] = 1.0
+    KEY: ClassVar[tuple[str, ...]] = ("qom_path",)
+    qom_path: str
+    device: str
+    node_name: str | UnsetType = UNSET
+    operation: IoOperationType
+    action: BlockErrorAction
+    nospace: bool | UnsetType = UNSET
+    reason: str
+
+    def limited(self) -> bool:
+        """Whoever must act on a stop hears of it at once."""
+        return self.action != "stop"
+
+
+class BlockImageCorrupted(Event, kw_only=True):
+    """An image's metadata is wrong; ``fatal``: it was marked, and is no longer used."""
+
+    NAME: ClassVar[str] = "BLOCK_IMAGE_CORRUPTED"
+    device: str
+    node_name: str | UnsetType = UNSET
+    msg: str
+    offset: int | UnsetType = UNSET
+    size: int | UnsetType = UNSET
+    fatal: bool
+
+
+class BlockWriteThreshold(Event):
+    """A write went past the offset that was asked to be watched."""
+
+    NAME: ClassVar[str] = "BLOCK_WRITE_THRESHOLD"
+    node_name: str
+    amount_exceeded: UInt64
+    write_threshold: UInt64
+
+
+class BlockExportDeleted(Event):
+    """An export is gone, and its id free."""
+
+    NAME: ClassVar[str] = "BLOCK_EXPORT_DELETED"
+    id: str
+
+
+EVENTS: Final[tuple[type[Event], ...]] = (
+    JobStatusChange,
+    BlockImageCorrupted,
+    BlockIoError,
+    BlockJobCompleted,
+    BlockJobCancelled,
+    BlockJobError,
+    BlockJobReady,
+    BlockJobPending,
+    BlockWriteThreshold,
+    BlockExportDeleted,
+)

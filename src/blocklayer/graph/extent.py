@@ -15,12 +15,14 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
 
 if TYPE_CHECKING:
     from blocklayer.graph.child import Child
+    from blocklayer.graph.driver import Buffer
     from blocklayer.graph.node import Node
 
 
@@ -66,6 +68,10 @@ class Allocation(msgspec.Struct, gc=False):
     """The space is known to read as zeros (it lies past the child's end): zeros need no write."""
     token: object = None
     """The driver's own note."""
+    seal: Callable[[Buffer], Buffer] | None = None
+    """Makes of the ``head + length + tail`` bytes what the space must hold (encrypted, say); it may
+    run in any thread. With it, the space is written as a whole.
+    """
 
 
 class Run(msgspec.Struct, frozen=True, gc=False):

@@ -19,10 +19,13 @@ from blocklayer.errors import PolicyError
 
 MAX_DEPTH = 500
 """Layers in one chain. Far above any real chain, far below what would exhaust memory."""
+MAX_KEY_ITERATIONS = 1 << 30
+"""For one key slot: some minutes, which no real image asks for."""
 
 _STRICT_DEPTH = 32
 _STRICT_MEMORY = 256 << 20
 _STRICT_TIME_S = 30.0
+_STRICT_KEY_ITERATIONS = 1 << 25
 _LOCAL = ("file", "host_device")
 
 
@@ -39,7 +42,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_u
 
     ``max_depth`` is in layers, ``max_size`` (of any disk, as a guest sees it) in bytes.
     ``max_memory`` is the metadata, in bytes, that opening a chain may read, and ``max_time_s`` the
-    seconds it may take.
+    seconds it may take. ``max_key_iterations`` bounds the work that an encrypted image can ask for
+    to try a passphrase.
     """
 
     references: bool = True
@@ -48,6 +52,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_u
     formats: tuple[str, ...] | None = None
     probing: bool = True
     max_depth: int = MAX_DEPTH
+    max_key_iterations: int = MAX_KEY_ITERATIONS
     max_size: int | None = None
     max_memory: int | None = None
     max_time_s: float | None = None
@@ -62,6 +67,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_u
             max_depth=_STRICT_DEPTH,
             max_memory=_STRICT_MEMORY,
             max_time_s=_STRICT_TIME_S,
+            max_key_iterations=_STRICT_KEY_ITERATIONS,
         )
 
     def check(self, image: str, what: str, name: str, *, local: bool) -> None:

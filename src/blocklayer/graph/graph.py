@@ -15,6 +15,7 @@ from blocklayer.errors import BlockError, UsageError
 from blocklayer.graph import permission
 from blocklayer.graph.child import Child, Role
 from blocklayer.graph.gate import Budget, Policy, default_policy
+from blocklayer.graph.objects import Objects
 from blocklayer.graph.request import Epochs
 
 if TYPE_CHECKING:
@@ -29,13 +30,16 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9.\-_]{0,30}\Z")
 
 
 class Graph:
-    """Nodes and edges, and what they share: drivers, the policy, the epochs of requests."""
+    """Nodes and edges, and what they share: drivers, the policy, user objects, epochs."""
 
-    def __init__(self, registry: Registry, policy: Policy | None = None) -> None:
+    def __init__(
+        self, registry: Registry, policy: Policy | None = None, objects: Objects | None = None
+    ) -> None:
         self.registry = registry
         self.policy = policy or default_policy()
         self.budget: Budget | None = None
         """What opening may still spend; set by ``graph.open`` while it opens."""
+        self.objects = Objects() if objects is None else objects
         self.nodes: dict[str, Node] = {}
         self.roots: list[Root] = []
         self.epochs = Epochs()

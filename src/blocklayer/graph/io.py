@@ -25,6 +25,7 @@ from blocklayer.graph.node import Node
 from blocklayer.graph.registry import PROBE_SIZE
 from blocklayer.graph.request import Claim
 from blocklayer.graph.resolve import locate, status
+from blocklayer.graph.waiting import offload
 from blocklayer.units import MIB, align_down, align_up
 
 _ZERO_CHUNK = 2 * MIB
@@ -209,6 +210,8 @@ async def _fill(node: Node, allocation: Allocation, view: memoryview) -> None:
         tail = await read_around(node, end, allocation.tail)
         if not (allocation.reads_zero and is_zero(tail)):
             buffers.append(tail)
+    if allocation.seal is not None:
+        buffers = [await offload(allocation.seal, b"".join(buffers))]
     await write_stored(allocation.child.node, place, buffers)
 
 

@@ -40,12 +40,14 @@ class Flags(msgspec.Struct, kw_only=True):
     detect_zeroes: str = "off"
     repair: bool = False
     """Opened to be checked or repaired: one that is marked dirty or corrupt is let in as it is."""
-    no_io: bool = False
-    """Only what the image says of itself is wanted: a data file may stay closed."""
     one_pass: bool = False
     """Every place will be visited once, in order: caches beyond a little are a waste of memory."""
     named_by: str | None = None
     """The image on whose word the node is opened; None for what the user named."""
+    metadata_only: bool = False
+    """No guest data will be asked for: encrypted images are opened without their keys, and data
+    files stay closed, unless it is for a check.
+    """
 
     def inherited(self, role: Role) -> Flags:
         """What a child in ``role`` has where its own options are silent."""
@@ -56,6 +58,7 @@ class Flags(msgspec.Struct, kw_only=True):
                 force_share=self.force_share,
                 one_pass=self.one_pass,
                 named_by=self.named_by,
+                metadata_only=self.metadata_only,
             )
         return Flags(
             read_only=self.read_only,
@@ -67,6 +70,7 @@ class Flags(msgspec.Struct, kw_only=True):
             discard_unmap=True,
             one_pass=self.one_pass,
             named_by=self.named_by,
+            metadata_only=self.metadata_only,
         )
 
 

@@ -273,9 +273,9 @@ def _flags(options: NodeOptions, inherited: Flags) -> Flags:
         discard_unmap=unmap if options.discard is UNSET else options.discard == "unmap",
         detect_zeroes=chosen(options.detect_zeroes, inherited.detect_zeroes),
         repair=inherited.repair,
-        no_io=inherited.no_io,
         one_pass=inherited.one_pass,
         named_by=inherited.named_by,
+        metadata_only=inherited.metadata_only,
     )
     if flags.force_share and not flags.read_only:
         raise UsageError("force-share=on can only be used with read-only images")

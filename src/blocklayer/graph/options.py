@@ -62,6 +62,15 @@ class CreateOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     size: Annotated[Size, Meta(description="Virtual disk size")] = 0
 
+    @property
+    def needs_size(self) -> bool:
+        """Whether there is no image without a size."""
+        return True
+
+    def secrets(self) -> list[str]:
+        """Ids of the secrets that creation needs."""
+        return []
+
     def validate(self) -> None:
         """Raise UsageError if the values do not fit together; called before anything is touched."""
 
@@ -107,11 +116,13 @@ def _explain(
 ) -> str:
     text = str(error)
     message, _, path = text.partition(" - at `$.")
-    name = path.rstrip("`").split(".")[0].split("[")[0]
+    path = path.rstrip("`")
+    # A name may have dots itself: it is the last part that the message gives.
+    name = path if path in known else path.split(".")[0].split("[")[0]
     if "missing required field" in text:
         return f"{what} '{text.split('`')[1]}' is missing"
     if name in known and isinstance(values.get(name), str) and "enum value" in message:
-        return f"{what} '{name}' does not accept value '{values[name]}'"
+        return f"{what} '{name.rpartition('.')[2]}' does not accept value '{values[name]}'"
     return f"Invalid value for '{name}': {message}" if name else f"Invalid options: {message}"
 
 

@@ -20,6 +20,8 @@ from blocklayer.jobs.copying import Copier, CopyOptions
 from blocklayer.jobs.plan import Piece, piece_of, pieces_within, source_runs
 from blocklayer.units import SECTOR, align_down, align_up
 
+COMPRESSED_AND_ENCRYPTED = "Compression and encryption not supported at the same time"
+
 
 def total_size(sources: Sequence[Root]) -> int:
     """The size that a target for all of ``sources`` must have."""
@@ -36,6 +38,9 @@ def check_target(sources: Sequence[Root], target: Root, *, compress: bool) -> No
         )
     if compress and not supports_compression(type(target.node.driver)):
         raise UsageError("Compression not supported for this file format")
+    known = target.node.driver.info()
+    if compress and known is not None and known.encrypted:
+        raise UsageError(COMPRESSED_AND_ENCRYPTED)
 
 
 def supports_compression(driver: type[object]) -> bool:
@@ -48,6 +53,8 @@ def supports_compression(driver: type[object]) -> bool:
 def reads_zero_when_new(target: Node, preallocation: str) -> bool:
     """Whether ``target``, just created, reads as zeros wherever nothing was written."""
     if target.backing is not None:
+        return False
+    if isinstance(target.driver, FormatDriver) and not target.driver.new_reads_zero:
         return False
     if storage_of(target).driver.NAME in ("file", "memory"):
         return True

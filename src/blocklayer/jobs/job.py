@@ -34,7 +34,7 @@ OnError = Literal["report", "ignore", "enospc", "stop", "auto"]
 class Job(ABC):
     """One job. Subclasses say what it does; ``jobs.group.start`` sets it going."""
 
-    TYPE: ClassVar[str]
+    TYPE: ClassVar[events.JobType]
     is_block_job: ClassVar[bool] = True
     """Listed by ``query-block-jobs``, and sends the ``BLOCK_JOB_…`` events."""
 
@@ -266,7 +266,7 @@ class Job(ABC):
         """Send one of the block job's events, with the numbers of now."""
         if not self.is_block_job:
             return
-        extra = {}
+        extra: dict[str, str] = {}
         if event is events.BlockJobCompleted and self.error is not None:
             extra["error"] = str(self.error)
         self.graph.notify(

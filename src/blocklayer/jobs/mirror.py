@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 import msgspec
 
 from blocklayer.drivers.job_filters import MirrorTopDriver, Pass
 from blocklayer.errors import BlockError, UsageError
-from blocklayer.graph import edit, io, resolve
+from blocklayer.graph import edit, events, io, resolve
 from blocklayer.graph.dirty_bitmap import DirtyBitmap
 from blocklayer.graph.driver import Buffer
 from blocklayer.graph.node import Node
@@ -54,7 +54,7 @@ class MirrorOptions(msgspec.Struct, kw_only=True):
 class Mirror(Job):
     """The job. ``jobs.starting`` puts its filter in place and makes its roots."""
 
-    TYPE = "mirror"
+    TYPE: ClassVar[events.JobType] = "mirror"
 
     def __init__(
         self, source: Root, target: Root, filter_node: Node, options: MirrorOptions, **job: object

@@ -15,7 +15,7 @@ import msgspec
 
 from blocklayer.errors import BlockError
 from blocklayer.graph import io
-from blocklayer.graph.driver import Driver, FormatDriver, ProtocolDriver, ThreadSafeIO
+from blocklayer.graph.driver import Buffer, Driver, FormatDriver, ProtocolDriver, ThreadSafeIO
 from blocklayer.graph.extent import Allocation, Kind
 from blocklayer.graph.node import Node
 from blocklayer.graph.resolve import runs
@@ -37,6 +37,8 @@ class Store(msgspec.Struct, gc=False):
     """The guest offset, for messages."""
     at: int = -1
     """Where in the chunk's buffer ``view`` is, or -1."""
+    seal: Callable[[Buffer], Buffer] | None = None
+    """What must be done to ``view`` before it is stored (``Allocation.seal``)."""
 
 
 class Writer:
@@ -100,6 +102,9 @@ class Writer:
 
     async def _place_new(self, allocation: Allocation, segment: Segment) -> None:
         """Fill new space: the data, and around it what the guest reads there now."""
+        if allocation.seal is not None:
+            await self._place_sealed(allocation, segment)
+            return
         child = allocation.child.node
         start, stop = allocation.offset, allocation.offset + allocation.length
         place = allocation.host_offset + allocation.head
@@ -112,6 +117,18 @@ class Writer:
         wanted = segment.data if allocation.reads_zero else [(start, stop)]
         for first, last in clipped(wanted, start, stop):
             self._add(child, place + (first - start), segment, first, last)
+
+    async def _place_sealed(self, allocation: Allocation, segment: Segment) -> None:
+        """Fill new space as a whole, since it is sealed as a whole."""
+        start, stop = allocation.offset, allocation.offset + allocation.length
+        whole = self._view(segment, start, stop)
+        if allocation.head or allocation.tail:
+            head = await io.read_around(self.node, start - allocation.head, allocation.head)
+            tail = await io.read_around(self.node, stop, allocation.tail)
+            whole = memoryview(b"".join((head, whole, tail)))
+        self.stores.append(
+            Store(allocation.child.node, allocation.host_offset, whole, start, seal=allocation.seal)
+        )
 
     async def _surround(
         self, allocation: Allocation, offset: int, length: int, distance: int
@@ -222,6 +239,8 @@ async def _store_segments(
                 except (BlockError, OSError) as error:
                     raise located("writing", start, error) from error
         placed()
+        if any(store.seal is not None for store in writer.stores):
+            await storer.run(seal_all, writer.stores)
         stores = await writer.store_on_loop()
         if stores:
             try:
@@ -237,6 +256,13 @@ async def _store_segments(
             for allocation in writer.pending:
                 await driver.abort(allocation)
         raise
+
+
+def seal_all(stores: Sequence[Store]) -> None:
+    """In a thread: make of what is to be stored what the storage must hold."""
+    for store in stores:
+        if store.seal is not None:
+            store.view = memoryview(store.seal(store.view))
 
 
 def tell_watchers(stores: Sequence[tuple[ThreadSafeIO, Store]]) -> None:

@@ -10,29 +10,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
-from blocklayer.qmp.shapes import Shape, shape_of
-
-
-class Event(msgspec.Struct, rename="kebab", kw_only=True):
-    """One event's data; a class of it is the declaration. Members that are UNSET are left out."""
-
-    NAME: ClassVar[str]
-    INTERVAL_S: ClassVar[float] = 0.0
-    """Seconds between two of a kind; 0: no limit."""
-    KEY: ClassVar[tuple[str, ...]] = ()
-
-    def limited(self) -> bool:
-        """Whether the limit holds for this one."""
-        return True
-
-    @classmethod
-    def shape(cls) -> Shape:
-        """The shape of the data."""
-        return shape_of(cls)
+from blocklayer.graph.events import Event
 
 
 class Timer(Protocol):

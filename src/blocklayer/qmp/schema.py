@@ -11,9 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from blocklayer.qmp.events import Event
+from blocklayer.graph.events import Event
 from blocklayer.qmp.registry import Command
-from blocklayer.qmp.shapes import Alternate, Array, Enumeration, Member, Object, Scalar, Shape
+from blocklayer.qmp.shapes import (
+    Alternate,
+    Array,
+    Enumeration,
+    Member,
+    Object,
+    Scalar,
+    Shape,
+    shape_of,
+)
 
 
 def schema(commands: Iterable[Command], events: Iterable[type[Event]]) -> list[dict[str, Any]]:
@@ -34,7 +43,7 @@ class _Schema:
             {
                 "name": event.NAME,
                 "meta-type": "event",
-                "arg-type": self._name(event.shape()),
+                "arg-type": self._name(shape_of(event)),
             }
             for event in events
         ]

@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from blocklayer.errors import BlockError
+from blocklayer.graph.events import EVENTS, Event
 from blocklayer.qmp.chardev_options import ChardevBackend, MonitorOptions
 from blocklayer.qmp.chardevs import Chardev, make_chardev
 from blocklayer.qmp.commands import COMMANDS
 from blocklayer.qmp.descriptors import DescriptorSets
 from blocklayer.qmp.errors import CommandError
-from blocklayer.qmp.event_types import EVENTS
-from blocklayer.qmp.events import Event, EventHub
+from blocklayer.qmp.events import EventHub
 from blocklayer.qmp.human import HUMAN_COMMANDS, HumanCommandTable
 from blocklayer.qmp.human_monitor import HumanMonitor
 from blocklayer.qmp.monitor import Monitor
@@ -58,6 +58,8 @@ class Server:
         self.stopping = asyncio.Event()
         """Set when a client asked to quit; whoever runs the server then closes it."""
         self._tasks: set[asyncio.Task[None]] = set()
+        if daemon is not None:
+            daemon.graph.listeners.append(self.events.emit)
 
     def quit(self) -> None:
         """Ask for the end."""
@@ -155,6 +157,8 @@ class Server:
 
     async def close(self) -> None:
         """End all conversations and close all devices."""
+        if self.daemon is not None:
+            self.daemon.graph.listeners.remove(self.events.emit)
         self.events.close()
         await asyncio.gather(*(session.flush() for session in self.sessions))
         tasks = [*self._tasks]

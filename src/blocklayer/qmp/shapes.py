@@ -25,7 +25,6 @@ from msgspec import Meta, UnsetType
 MIN_INT: Final = -(1 << 63)
 MAX_INT: Final = (1 << 63) - 1
 MAX_UINT: Final = (1 << 64) - 1
-UInt64 = Annotated[int, Meta(ge=0, le=MAX_UINT)]
 
 
 class Features(msgspec.Struct, frozen=True):

@@ -116,6 +116,9 @@ def _judge_size(report: Inspection, max_size: int | None) -> None:
 async def _inspect_content(report: Inspection) -> None:
     from blocklayer.api.inspection.content import read_head
 
+    if report.encryption is not None:
+        # Nobody gave us the key; that it is encrypted was found before.
+        return
     try:
         head = await read_head(report.filename, report.format)
     except PolicyError as error:
@@ -123,7 +126,7 @@ async def _inspect_content(report: Inspection) -> None:
             report.add("expensive", f"{error}.")
         return
     except UnsupportedError:
-        # Encrypted, a finished stream, a variant: that was found before.
+        # A finished stream, a variant: that was found before.
         return
     except BlockError as error:
         report.add("unreadable", f"{error}.")

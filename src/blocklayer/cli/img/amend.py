@@ -34,7 +34,9 @@ class Amend(Copying):
         list[str],
         Option("what to change, as name=value,… ('help' lists what can be)", "o", "OPTIONS"),
     ] = msgspec.field(default_factory=list)
-    force: Annotated[bool, Option("allow unsafe operations (none of these is)")] = False
+    force: Annotated[
+        bool, Option("allow what may lose data: to erase the last key of an encrypted image")
+    ] = False
 
     async def run(self) -> int:
         if not self.options:
@@ -65,7 +67,7 @@ class Amend(Copying):
                     f"You can use '{console.program} rebase' instead."
                 )
             with console.Progress(self.progress_style) as progress:
-                await disk.amend(progress=progress.update, **values)
+                await disk.amend(progress=progress.update, force=self.force, **values)
                 progress.update(1, 1)
             result = Amended(filename=self.operands[0], format=disk.format, options=values)
         finally:

@@ -97,6 +97,7 @@ class Check(Command):
             cache=check_cache(self.cache, "source cache"),
             quiet=self.quiet,
             repair=True,
+            metadata_only=True,
         )
         try:
             if self.repair is not None and self.dry_run:

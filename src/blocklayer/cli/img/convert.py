@@ -15,7 +15,7 @@ from blocklayer.api.convert import converted
 from blocklayer.api.disk import Disk
 from blocklayer.api.results import Converted
 from blocklayer.api.stream import image_stream
-from blocklayer.api.target import Unfinished, check_distinct, create_target
+from blocklayer.api.target import Unfinished, check_distinct, create_target, encrypted_target
 from blocklayer.cli import console
 from blocklayer.cli.common import (
     OPENING,
@@ -35,6 +35,7 @@ from blocklayer.cli.common import (
 from blocklayer.cli.img.create import check_creatable, options_help
 from blocklayer.cli.img.piped import PIPE, check_input, check_output, give, take
 from blocklayer.cli.img.snapshot import load_snapshot
+from blocklayer.cli.objects import new_graph
 from blocklayer.cli.options import Command, Option
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import UsageError
@@ -168,7 +169,7 @@ class Convert(Command):
         if not names or not target_name:
             raise UsageError("Must specify image file name")
         self._check_combinations(names)
-        graph = Graph(REGISTRY)
+        graph = new_graph()
         to_pipe = target_name == PIPE and not self.target_image_opts
         self._check_pipes(names, to_pipe)
         if PIPE in names and not self.image_opts:
@@ -280,6 +281,11 @@ class Convert(Command):
                 check_creatable(self.target_format or "raw")
             elif self.target_format not in (None, *REGISTRY.table):
                 raise UsageError(f"Unknown file format '{self.target_format}'")
+            encrypted = any(
+                name.endswith("key-secret") for name in parse_options(self.target_options) or {}
+            )
+            if self.compress and encrypted:
+                raise UsageError(job.COMPRESSED_AND_ENCRYPTED)
             if self.compress and not job.supports_compression(
                 REGISTRY.load(self.target_format or "raw")
             ):
@@ -291,12 +297,12 @@ class Convert(Command):
     def _check_level(self, level: int) -> None:
         """Raise UsageError unless the image to be made takes this compression level."""
         driver = REGISTRY.load(self.target_format or "raw")
-        declared = driver.CreateOptions
-        if declared is None or not issubclass(driver, FormatDriver):
-            return
+        assert issubclass(driver, FormatDriver)
+        assert driver.CreateOptions is not None
         values = parse_options(self.target_options) or {}
-        own = {name: values[name] for name in declared.__struct_fields__ if name in values}
-        driver.check_compression_level(decode(declared, own), level)
+        chosen = {name: values[name] for name in ("compression_type",) if name in values}
+        # A stream takes the levels that a file takes, and looks at them when it is made.
+        driver.stream(decode(driver.CreateOptions, chosen), compress=True, level=level)
 
     def _check_pipes(self, names: list[str], to_pipe: bool) -> None:
         """Raise BlockError for what standard input or output cannot do."""
@@ -304,7 +310,7 @@ class Convert(Command):
         if self.bitmaps and (from_pipe or to_pipe):
             raise UsageError("--bitmaps cannot be used with standard input or output")
         if from_pipe:
-            if len(names) > 1 or self.backing is not None or self.snapshot is not None or to_pipe:
+            if len(names) > 1 or self._makes_overlay or self.snapshot is not None or to_pipe:
                 raise UsageError("standard input can only be the one source of a copy to a file")
             options = None if self.no_create else parse_options(self.target_options) or {}
             check_input(self.source_format, self.target_format or "raw", options)
@@ -326,7 +332,7 @@ class Convert(Command):
         )
         streamed = StreamOptions(
             sparse_size=None if self.sparse_size is None else options.sparse_size,
-            top_only=self.backing is not None,
+            top_only=self._makes_overlay,
             workers=options.workers,
             bytes_per_s=options.bytes_per_s,
             salvage=options.salvage,
@@ -356,9 +362,12 @@ class Convert(Command):
                 return await self._copy(name, roots, target, options)
 
     async def _open_target(self, name: str, graph: Graph) -> Disk:
+        format = None if self.target_image_opts else self.target_format or "raw"
+        options = parse_options(self.target_options) or {}
         return await open_disk(
             name,
-            format=None if self.target_image_opts else self.target_format or "raw",
+            format=format,
+            image=encrypted_target(name, format or "raw", options) or None,
             image_opts=self.target_image_opts,
             writable=True,
             cache=self.target_cache,

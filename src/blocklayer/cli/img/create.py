@@ -14,6 +14,7 @@ import msgspec
 from blocklayer.api.results import Created
 from blocklayer.cli import console
 from blocklayer.cli.common import Output, Quiet, parse_options, say_result, size_argument
+from blocklayer.cli.objects import new_graph
 from blocklayer.cli.options import Command, CommandLineError, Option
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import BlockError, UsageError
@@ -77,7 +78,7 @@ class Create(Command):
             raise UsageError("The image size must be specified only once")
         if self.backing == "":
             raise UsageError("Expected backing file name, got empty string")
-        graph = Graph(REGISTRY)
+        graph = new_graph()
         decoded, storage = await prepare(
             graph,
             filename,
@@ -124,14 +125,16 @@ def formatting_line(
 
 def _values(options: CreateOptions, storage: Mapping[str, Any]) -> dict[str, Any]:
     """Every option that has a value, in the order shown."""
-    values = {**{name: getattr(options, name) for name in _in_order(options)}, **storage}
-    return {name: value for name, value in values.items() if value is not None}
+    own = {named: getattr(options, name) for name, named in _in_order(options)}
+    return {name: value for name, value in {**own, **storage}.items() if value is not None}
 
 
-def _in_order(options: CreateOptions) -> list[str]:
-    first = [name for name in options.__struct_fields__ if name in options.BEFORE_SIZE]
-    taken = {*first, "size"}
-    return [*first, "size", *(name for name in options.__struct_fields__ if name not in taken)]
+def _in_order(options: CreateOptions) -> list[tuple[str, str]]:
+    """(attribute, name in ``-o``) of all options."""
+    pairs = list(zip(options.__struct_fields__, options.__struct_encode_fields__, strict=True))
+    first = [pair for pair in pairs if pair[1] in options.BEFORE_SIZE]
+    taken = [*first, ("size", "size")]
+    return [*taken, *(pair for pair in pairs if pair not in taken)]
 
 
 def _shown(value: Any) -> str:

@@ -21,10 +21,10 @@ from blocklayer.cli.common import (
     say_result,
     size_argument,
 )
+from blocklayer.cli.objects import new_graph
 from blocklayer.cli.options import Command, Option
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import UsageError
-from blocklayer.graph.graph import Graph
 from blocklayer.jobs.convert import reads_zero_when_new
 from blocklayer.jobs.copying import CopyOptions
 from blocklayer.jobs.dd import copy_range
@@ -67,7 +67,7 @@ class Dd(Command):
             raise UsageError(f"Invalid bs specified. Must be between 1 and {_BLOCK_SIZE_MAX}.")
         skip = size_argument(given.get("skip", "0"), "skip") * block
         count = size_argument(given["count"], "count") * block if "count" in given else None
-        graph = Graph(REGISTRY)
+        graph = new_graph()
         async with await open_disk(
             given["if"],
             format=self.format,

@@ -81,7 +81,7 @@ class Info(Command):
                 cache=self.cache,
                 backing=False,
                 named_by=above,
-                no_io=True,
+                metadata_only=True,
             )
             try:
                 info = image_info(disk.root.node, limits=self.limits)

@@ -30,6 +30,8 @@ def check_output(no_create: bool) -> None:
     """Raise UsageError if standard output cannot become an image."""
     if no_create:
         raise UsageError("-n cannot be used with standard output as target")
+    if sys.stdout is None:
+        raise UsageError("standard output is closed")
     if sys.stdout.isatty():
         raise UsageError(
             "an image is not written to a terminal: redirect standard output, or name a file"
@@ -41,6 +43,8 @@ def check_input(format: str | None, target_format: str, options: Mapping[str, st
 
     ``options`` are those of a new target, None if it exists.
     """
+    if sys.stdin is None:
+        raise UsageError("standard input is closed")
     if format is None:
         raise UsageError(
             "standard input is not looked at to guess its format: say -f raw if that is what it is"
@@ -75,7 +79,7 @@ async def give(
         async with aclosing(streaming.chunks()) as pieces:
             async for piece in pieces:
                 await pipe.write(piece)
-        shown.update(1, 1)
+        shown.update(streaming.size, streaming.size)
 
 
 async def take(target: Root, options: CopyOptions, progress: str | None, *, grow: bool) -> None:
@@ -90,5 +94,5 @@ async def take(target: Root, options: CopyOptions, progress: str | None, *, grow
             if total:
                 shown.update(done, total)
 
-        await Receiver(pipe.read, target, options, grow=grow, progress=update).receive()
-        shown.update(1, 1)
+        size = await Receiver(pipe.read, target, options, grow=grow, progress=update).receive()
+        shown.update(size, size)

@@ -77,6 +77,7 @@ class Snapshot(Command):
             writable=self.writes,
             force_share=self.force_share,
             quiet=self.quiet,
+            metadata_only=not self.writes,
         )
         async with disk:
             if not self.writes:

@@ -19,11 +19,10 @@ import msgspec
 from blocklayer.api.disk import CACHE_MODES
 from blocklayer.cli import console
 from blocklayer.cli.common import warn_if_guessed
-from blocklayer.drivers import REGISTRY
+from blocklayer.cli.objects import new_graph
 from blocklayer.errors import BlockError, UsageError
 from blocklayer.graph.create import create_image
 from blocklayer.graph.filename import image_options
-from blocklayer.graph.graph import Graph
 from blocklayer.graph.node import Flags, Node
 from blocklayer.graph.open import open_image, open_options
 from blocklayer.graph.options import unflatten
@@ -83,7 +82,7 @@ class Image:
 
     def __init__(self, wanted: Wanted) -> None:
         self.wanted = wanted
-        self.graph = Graph(REGISTRY)
+        self.graph = new_graph()
         self._overlay: Node | None = None
 
     async def open(self) -> None:

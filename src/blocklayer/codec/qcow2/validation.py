@@ -3,7 +3,7 @@
 Public:
     validate(header) -> None       FormatError (the image is wrong) or UnsupportedError (this
                                    package cannot open it), naming the field and its value
-    full_disk_encryption_area(header) -> (offset, length) | None
+    full_disk_encryption_area(header) -> (offset, length) | None, and encode_full_disk_encryption
 
 1. What passes here bounds every later allocation: L1 table 32 MiB, refcount table 8 MiB,
    snapshot table 65,536 entries, bitmap directory 1024 * 65,535 bytes.
@@ -27,6 +27,7 @@ from blocklayer.codec.qcow2.header import ImageHeader
 from blocklayer.codec.qcow2.snapshots import MAX_SNAPSHOTS
 from blocklayer.errors import FormatError, UnsupportedError
 from blocklayer.record import U64, Record
+from blocklayer.units import MIB
 
 _KNOWN_INCOMPATIBLE: Final = (
     qcow2_header.INCOMPATIBLE_DIRTY
@@ -38,6 +39,7 @@ _KNOWN_INCOMPATIBLE: Final = (
 _MIN_CLUSTER_BITS_EXTENDED_L2: Final = 14
 _MAX_REFCOUNT_ORDER: Final = 6
 _MAX_BACKING_FORMAT_SIZE: Final = 15
+_MAX_ENCRYPTION_HEADER_SIZE: Final = 64 * MIB
 _UNIQUE_EXTENSIONS: Final = {
     qcow2_header.EXTENSION_BACKING_FORMAT: "backing file format",
     qcow2_header.EXTENSION_DATA_FILE: "external data file name",
@@ -69,6 +71,11 @@ def full_disk_encryption_area(header: ImageHeader) -> tuple[int, int] | None:
         raise FormatError(f"CRYPTO header extension has length {len(data)}, not 16")
     area = _FullDiskEncryption.unpack(data)
     return area.offset, area.length
+
+
+def encode_full_disk_encryption(offset: int, length: int) -> bytes:
+    """The data of the extension that names the encryption header."""
+    return _FullDiskEncryption(offset, length).pack()
 
 
 def _validate_features(header: ImageHeader) -> None:
@@ -176,6 +183,8 @@ def _validate_extensions(header: ImageHeader) -> None:
         )
     if area is not None:
         _validate_offset(header, "encryption header offset", area[0])
+        if not 0 < area[1] <= _MAX_ENCRYPTION_HEADER_SIZE:
+            raise FormatError(f"encryption header length {area[1]:#x} is not possible")
     if not header.autoclear_features & qcow2_header.AUTOCLEAR_BITMAPS:
         return
     data = header.extension(qcow2_header.EXTENSION_BITMAPS)

@@ -26,6 +26,15 @@ from blocklayer.codec.qcow2.header import (
     INCOMPATIBLE_DIRTY,
 )
 from blocklayer.codec.qcow2.refcounts import TYPECODES, encode_block
+from blocklayer.drivers.crypto.options import (
+    Keyslot,
+    NewSecret,
+    OldSecret,
+    SlotChange,
+    SlotTime,
+    State,
+    slot_change,
+)
 from blocklayer.drivers.qcow2 import flushing
 from blocklayer.errors import UnsupportedError, UsageError
 from blocklayer.graph import io
@@ -44,7 +53,16 @@ _CHUNK: Final = 16 * MIB
 _NEWER: Final = "compatibility level 1.1 and above (use compat=1.1 or greater)"
 
 
-class Qcow2AmendOptions(AmendOptions):
+class Qcow2AmendOptions(
+    AmendOptions,
+    rename={
+        "encrypt_state": "encrypt.state",
+        "encrypt_new_secret": "encrypt.new-secret",
+        "encrypt_old_secret": "encrypt.old-secret",
+        "encrypt_keyslot": "encrypt.keyslot",
+        "encrypt_iter_time": "encrypt.iter-time",
+    },
+):
     """What can be asked to change; not all of it can change."""
 
     size: Annotated[Size | UnsetType, Meta(description="Virtual disk size")] = UNSET
@@ -67,13 +85,37 @@ class Qcow2AmendOptions(AmendOptions):
     refcount_bits: Annotated[
         int | UnsetType, Meta(description="Width of a reference count entry in bits")
     ] = UNSET
+    encrypt_state: State = UNSET
+    encrypt_new_secret: NewSecret = UNSET
+    encrypt_old_secret: OldSecret = UNSET
+    encrypt_keyslot: Keyslot = UNSET
+    encrypt_iter_time: SlotTime = UNSET
+
+    @property
+    def slot_change(self) -> SlotChange | None:
+        """What is to be done to key slots; None if nothing. Raises UsageError."""
+        given = (
+            self.encrypt_state,
+            self.encrypt_new_secret,
+            self.encrypt_old_secret,
+            self.encrypt_keyslot,
+            self.encrypt_iter_time,
+        )
+        return None if all(value is UNSET for value in given) else slot_change(*given)
 
 
-async def amend(driver: Qcow2Driver, options: Qcow2AmendOptions, progress: Progress) -> None:
-    """Change the image of ``driver`` as ``options`` say."""
+async def amend(
+    driver: Qcow2Driver, options: Qcow2AmendOptions, progress: Progress, *, force: bool = False
+) -> None:
+    """Change the image of ``driver`` as ``options`` say; ``force`` may erase its last key."""
     image = driver.image
     image.node.check_writable()
     version = _check(image, options)
+    change = options.slot_change
+    if change is not None:
+        if driver.encryption is None:
+            raise UsageError("Can't amend encryption options - encryption not present")
+        await driver.encryption.amend(change, force=force)
     # Nothing is left in memory, so that header and tables can be changed in the file.
     async with image.lock:
         await flushing.write_all(image)
@@ -104,7 +146,7 @@ def _check(image: Image, options: Qcow2AmendOptions) -> int:
         raise UsageError("Cannot amend the backing file")
     if options.data_file is not UNSET and not header.has_data_file:
         raise UsageError("data-file can only be set for images that use an external data file")
-    if options.data_file_raw is True and not image.data_file_raw:
+    if options.data_file_raw is True and not header.data_file_raw:
         raise UsageError("data-file-raw cannot be set on existing images")
     version = header.version
     if options.compat is not UNSET:

@@ -111,10 +111,12 @@ class Walk:
         header, bits = self.image.header, self.image.geometry.cluster_bits
         metadata = self.image.metadata
         metadata.add(0)
+        area = full_disk_encryption_area(header)
         for offset, length in (
             (header.l1_table_offset, header.l1_size * 8),
             (header.refcount_table_offset, header.refcount_table_clusters << bits),
             (header.snapshots_offset, 1 if header.nb_snapshots else 0),
+            area or (0, 0),
         ):
             metadata.update(range(offset >> bits, (offset + length + (1 << bits) - 1) >> bits))
         metadata.update(entry >> bits for entry in stored.table if entry)

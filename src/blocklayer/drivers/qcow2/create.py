@@ -2,43 +2,49 @@
 
 Public:
     Qcow2CreateOptions      the options, by the names of ``-o``
-    plan(geometry, size, *, mapped) -> Layout   where everything of a new image lies; pure
     new_header(options, layout) -> ImageHeader
-    refcount_pieces(layout)     (offset, bytes) of the refcount table and its blocks; pure
-    create(graph, target, options)              all of it
+    create(graph, target, options)              all of it, laid out by ``layout``
 
-1. Without preallocation the file is the one qemu-img writes, byte for byte, as long as its refcount
-   table fits in one cluster (with more clusters the order differs, as does a preallocated image's).
-2. The header comes last, in one write, after all else is on stable storage: a crash before leaves a
+1. The header comes last, in one write, after all else is on stable storage: a crash before leaves a
    file that no reader takes for an image.
-3. A data file is complete before the header names it. One that did not exist is removed again when
+2. A data file is complete before the header names it. One that did not exist is removed again when
    creation fails. It lies where the image will look for it: a relative name starts at the image.
-4. Refcount blocks count themselves, the table, and every cluster that the layout uses, no other.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
 
-import msgspec
 from msgspec import Meta
 
-from blocklayer.codec.qcow2.entries import COPIED, store_table
-from blocklayer.codec.qcow2.geometry import MAX_REFCOUNT_TABLE_SIZE, Geometry
+from blocklayer.codec.luks import new_header as new_luks_header
+from blocklayer.codec.qcow2.entries import COPIED, ZERO, store_table
+from blocklayer.codec.qcow2.geometry import Geometry
 from blocklayer.codec.qcow2.header import (
     AUTOCLEAR_DATA_FILE_RAW,
     COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSION_ZSTD,
+    CRYPT_LUKS,
+    EXTENSION_FULL_DISK_ENCRYPTION,
     INCOMPATIBLE_DATA_FILE,
     INCOMPATIBLE_EXTENDED_L2,
     MAX_BACKING_FILE_SIZE,
     ImageHeader,
 )
-from blocklayer.codec.qcow2.refcounts import TYPECODES, encode_block
 from blocklayer.codec.qcow2.subclusters import ALLOCATED, store_l2_table
-from blocklayer.errors import UsageError
+from blocklayer.codec.qcow2.validation import encode_full_disk_encryption
+from blocklayer.drivers.crypto.options import (
+    CipherName,
+    HashName,
+    IterationTime,
+    IvGeneratorName,
+    IvHashName,
+    ModeName,
+    VolumeOptions,
+)
+from blocklayer.drivers.qcow2.layout import Layout, plan, refcount_pieces
+from blocklayer.errors import UnsupportedError, UsageError
 from blocklayer.graph import io
 from blocklayer.graph.options import CreateOptions, Size
 from blocklayer.units import KIB, MIB, SECTOR, align_up, is_power_of_two
@@ -55,13 +61,42 @@ _CHUNK: Final = MIB
 _VERSIONS: Final = {None: 3, "0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
 
-class Qcow2CreateOptions(CreateOptions, kw_only=True):
+_ENCRYPT_NAMES: Final = {
+    "encrypt_format": "encrypt.format",
+    "encrypt_key_secret": "encrypt.key-secret",
+    "encrypt_cipher_alg": "encrypt.cipher-alg",
+    "encrypt_cipher_mode": "encrypt.cipher-mode",
+    "encrypt_ivgen_alg": "encrypt.ivgen-alg",
+    "encrypt_ivgen_hash_alg": "encrypt.ivgen-hash-alg",
+    "encrypt_hash_alg": "encrypt.hash-alg",
+    "encrypt_iter_time": "encrypt.iter-time",
+}
+
+
+class Qcow2CreateOptions(CreateOptions, kw_only=True, rename=_ENCRYPT_NAMES):
     """What a new qcow2 image can be told."""
 
     BEFORE_SIZE: ClassVar = frozenset(
-        ("cluster_size", "extended_l2", "preallocation", "compression_type")
-    )
+        ("cluster_size", "extended_l2", "preallocation", "compression_type", "encryption")
+    ) | frozenset(_ENCRYPT_NAMES.values())
 
+    encryption: Annotated[
+        bool | None,
+        Meta(description="Encrypt the image with format 'aes' (read only by now: refused)"),
+    ] = None
+    encrypt_format: Annotated[
+        Literal["aes", "luks"] | None,
+        Meta(description="Encrypt the image, format choices: 'luks' ('aes' can only be read)"),
+    ] = None
+    encrypt_key_secret: Annotated[
+        str | None, Meta(description="ID of secret providing qcow AES key or LUKS passphrase")
+    ] = None
+    encrypt_cipher_alg: CipherName = None
+    encrypt_cipher_mode: ModeName = None
+    encrypt_ivgen_alg: IvGeneratorName = None
+    encrypt_ivgen_hash_alg: IvHashName = None
+    encrypt_hash_alg: HashName = None
+    encrypt_iter_time: IterationTime = None
     cluster_size: Annotated[Size, Meta(description="qcow2 cluster size")] = 64 * KIB
     extended_l2: Annotated[bool, Meta(description="Extended L2 tables")] = False
     preallocation: Annotated[
@@ -107,9 +142,37 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
         """Whether every cluster has its place from the start; a raw data file is the whole disk."""
         return self.preallocation not in (None, "off") or bool(self.data_file_raw)
 
+    @property
+    def volume(self) -> VolumeOptions:
+        """How data is to be encrypted, if it is."""
+        return VolumeOptions(
+            cipher_alg=self.encrypt_cipher_alg,
+            cipher_mode=self.encrypt_cipher_mode,
+            ivgen_alg=self.encrypt_ivgen_alg,
+            ivgen_hash_alg=self.encrypt_ivgen_hash_alg,
+            hash_alg=self.encrypt_hash_alg,
+            iter_time=self.encrypt_iter_time,
+        )
+
+    @property
+    def encryption_header_size(self) -> int:
+        """Bytes of the LUKS header and its slots; 0 in an image that is not encrypted."""
+        if self.encrypt_format is None:
+            return 0
+        volume = self.volume
+        header = new_luks_header(
+            volume.spec, volume.hash_name, uuid="", digest_salt=b"", detached=False
+        )
+        return header.payload_offset
+
+    def secrets(self) -> list[str]:
+        """The passphrase's."""
+        return [self.encrypt_key_secret] if self.encrypt_key_secret else []
+
     def validate(self) -> None:
         """Raise UsageError unless an image can be made like this."""
         self.validate_units()
+        self._validate_encryption()
         if self.version < 3:
             self._validate_version_2()
         self._validate_data_file()
@@ -141,6 +204,28 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
                 f"{_MAX_REFCOUNT_BITS} bits"
             )
 
+    def _validate_encryption(self) -> None:
+        if self.encryption or self.encrypt_format == "aes":
+            raise UnsupportedError(
+                "Images with the old AES encryption can only be read: use encrypt.format=luks"
+            )
+        if self.encrypt_format is None:
+            given = [
+                option for name, option in _ENCRYPT_NAMES.items() if getattr(self, name) is not None
+            ]
+            if given:
+                raise UsageError("Parameter 'encrypt.format' is missing")
+            return
+        if self.encrypt_key_secret is None:
+            raise UsageError("Parameter 'encrypt.key-secret' is required for cipher")
+        _ = self.volume.spec, self.volume.time_ms
+        if self.version < 3 and self.preallocation not in (None, "off"):
+            # Without zero clusters the guest would see what the space decrypts to.
+            raise UsageError(
+                "Preallocation of encrypted images is only supported with compatibility level 1.1 "
+                "and above (use version=v3 or greater)"
+            )
+
     def _validate_version_2(self) -> None:
         newer = "compatibility level 1.1 and above (use version=v3 or greater)"
         if self.extended_l2:
@@ -169,8 +254,11 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
             )
         if self.data_file_raw and self.backing_file:
             raise UsageError("Backing file and data-file-raw cannot be used at the same time")
-        # Nothing of the layout changes the header's length: one that does not fit shows here.
-        new_header(self, plan(self.geometry, 0)).encode()
+        if self.data_file_raw and self.encrypt_format is not None:
+            raise UsageError(
+                "The data file of an encrypted image holds cipher text: it cannot be data-file-raw"
+            )
+        self._validate_header()
 
     def _validate_backing(self) -> None:
         if self.backing_file == "":
@@ -189,93 +277,11 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True):
                 f"Backing file name '{self.backing_file[:64]}…' is longer than "
                 f"{MAX_BACKING_FILE_SIZE} bytes"
             )
-        # Nothing of the layout changes the header's length: one that does not fit shows here.
-        new_header(self, plan(self.geometry, 0)).encode()
+        self._validate_header()
 
-
-class Layout(msgspec.Struct, frozen=True):
-    """Where everything of a new image lies. Offsets in bytes."""
-
-    geometry: Geometry
-    size: int
-    table_clusters: int
-    l1_offset: int
-    l1_size: int
-    l2_offset: int
-    """The first L2 table; all are contiguous. 0 if nothing is mapped."""
-    data_offset: int
-    """The first data cluster; all are contiguous. With a data file: 0, its start."""
-    data_clusters: int
-    blocks: list[tuple[int, int]]
-    """(index in the refcount table, offset) of every refcount block, by offset."""
-    used_clusters: int
-    file_size: int
-
-    @property
-    def table_offset(self) -> int:
-        """Offset of the refcount table."""
-        return self.geometry.cluster_size
-
-
-def plan(geometry: Geometry, size: int, *, mapped: bool = False) -> Layout:
-    """Where everything goes in an image of ``size`` bytes; ``mapped``: all clusters preallocated.
-
-    Header, refcount table and first refcount block lead, then the L1 table, then what is mapped,
-    then the refcount blocks that all this needs besides the first.
-    """
-    l1_size = geometry.l1_entries(size)
-    l1_clusters = geometry.cluster_count(l1_size * 8)
-    l2_clusters = l1_size if mapped else 0
-    data_clusters = geometry.cluster_count(size) if mapped else 0
-    content = l1_clusters + l2_clusters + (0 if geometry.data_file else data_clusters)
-    table_clusters = 1
-    while True:
-        first = table_clusters + 2
-        placed, used = _place_blocks(geometry.refcount_block_entries, first - 1, first + content)
-        needed = geometry.cluster_count(8 * len(placed))
-        if needed <= table_clusters:
-            break
-        table_clusters = needed
-    if table_clusters << geometry.cluster_bits > MAX_REFCOUNT_TABLE_SIZE:
-        raise UsageError(
-            "The image size is too large to preallocate (try using a larger cluster size)"
-        )
-    bits = geometry.cluster_bits
-    # qemu-img ends the file with the last entry of an L1 table that comes last.
-    ends_in_l1 = len(placed) == 1 and not mapped and l1_size
-    return Layout(
-        geometry=geometry,
-        size=size,
-        table_clusters=table_clusters,
-        l1_offset=first << bits if l1_size else 0,
-        l1_size=l1_size,
-        l2_offset=(first + l1_clusters) << bits if mapped else 0,
-        data_offset=0 if geometry.data_file else (first + l1_clusters + l2_clusters) << bits,
-        data_clusters=data_clusters,
-        blocks=[(index, cluster << bits) for index, cluster in placed],
-        used_clusters=used,
-        file_size=(first << bits) + l1_size * 8 if ends_in_l1 else used << bits,
-    )
-
-
-def _place_blocks(entries: int, first_block: int, end: int) -> tuple[list[tuple[int, int]], int]:
-    """Refcount blocks for clusters ``[0, end)``, and for themselves, from ``end`` on.
-
-    The answer lists them as (index, cluster), and says where free clusters begin.
-    """
-    placed = [(0, first_block)]
-    known = {0}
-    index = 0
-    while index * entries < end:
-        wanted = index
-        # A block may be the first cluster of a range that has no block yet.
-        while wanted not in known:
-            placed.append((wanted, end))
-            known.add(wanted)
-            wanted = end // entries
-            end += 1
-        index += 1
-    return placed, end
+    def _validate_header(self) -> None:
+        """Raise unless all names fit into it; nothing of the layout changes its length."""
+        new_header(self, plan(self.geometry, 0, crypto=self.encryption_header_size)).encode()
 
 
 def new_header(options: Qcow2CreateOptions, layout: Layout) -> ImageHeader:
@@ -302,6 +308,10 @@ def new_header(options: Qcow2CreateOptions, layout: Layout) -> ImageHeader:
         header.compression_type = COMPRESSION_ZSTD
     if options.backing_file is not None and options.backing_fmt is not None:
         header.backing_format = options.backing_fmt
+    if layout.crypto_size:
+        header.crypt_method = CRYPT_LUKS
+        area = encode_full_disk_encryption(layout.crypto_offset, layout.crypto_size)
+        header.set_extension(EXTENSION_FULL_DISK_ENCRYPTION, area)
     header.set_feature_names()
     return header
 
@@ -309,18 +319,23 @@ def new_header(options: Qcow2CreateOptions, layout: Layout) -> ImageHeader:
 async def create(graph: Graph, target: Node, options: Qcow2CreateOptions) -> None:
     """Write a new image to ``target``, an open writable protocol node."""
     options.validate()
-    layout = plan(options.geometry, align_up(options.size, SECTOR), mapped=options.mapped)
+    size, crypto = align_up(options.size, SECTOR), options.encryption_header_size
+    layout = plan(options.geometry, size, mapped=options.mapped, crypto=crypto)
     if options.data_file is None:
-        await _write_image(target, options, layout, options.preallocation)
+        await _write_image(graph, target, options, layout, options.preallocation)
         return
     from blocklayer.drivers.qcow2.create_data_file import created_data_file
 
-    async with created_data_file(graph, target, options, layout.size):
-        await _write_image(target, options, layout, None)
+    async with created_data_file(graph, target, options, size):
+        await _write_image(graph, target, options, layout, None)
 
 
 async def _write_image(
-    target: Node, options: Qcow2CreateOptions, layout: Layout, preallocation: str | None
+    graph: Graph,
+    target: Node,
+    options: Qcow2CreateOptions,
+    layout: Layout,
+    preallocation: str | None,
 ) -> None:
     header = new_header(options, layout).encode()
     await _make_room(target, layout, preallocation)
@@ -329,11 +344,30 @@ async def _write_image(
     if options.mapped:
         # Of a preallocated cluster no subcluster has data: what is below shows through. A raw data
         # file is all data.
-        bitmap = ALLOCATED if options.data_file_raw else 0
-        await _write_mapping(target, layout, bitmap)
+        await _write_mapping(target, layout, ALLOCATED if options.data_file_raw else 0)
+    if layout.crypto_size:
+        await _write_key_slots(graph, target, layout, options)
     await io.flush(target)
     await io.write(target, 0, header[: layout.file_size])
     await io.flush(target)
+
+
+async def _write_key_slots(
+    graph: Graph, target: Node, layout: Layout, options: Qcow2CreateOptions
+) -> None:
+    from blocklayer.drivers.crypto.keys import KeySlots, make_header
+    from blocklayer.drivers.crypto.storage import NodeStorage
+
+    assert options.encrypt_key_secret is not None
+    volume = options.volume
+    await KeySlots.format(
+        NodeStorage(target),
+        graph.policy,
+        make_header(volume.spec, volume.hash_name),
+        graph.objects.secret(options.encrypt_key_secret).passphrase,
+        volume.time_ms,
+        start=layout.crypto_offset,
+    )
 
 
 async def _make_room(target: Node, layout: Layout, preallocation: str | None) -> None:
@@ -349,30 +383,6 @@ async def _make_room(target: Node, layout: Layout, preallocation: str | None) ->
     await io.write_zeroes(target, 0, layout.file_size, unmap=unmap)
 
 
-def refcount_pieces(layout: Layout) -> Iterator[tuple[int, bytes]]:
-    """The refcount table and its blocks, each with its place in the file."""
-    geometry = layout.geometry
-    table = array("Q", bytes(layout.table_clusters << geometry.cluster_bits))
-    for index, offset in layout.blocks:
-        table[index] = offset
-    yield layout.table_offset, store_table(table)
-    # The first block lies apart, all others are contiguous.
-    yield layout.blocks[0][1], _block(layout, 0)
-    at_once = max(1, _CHUNK >> geometry.cluster_bits)
-    for start in range(1, len(layout.blocks), at_once):
-        part = layout.blocks[start : start + at_once]
-        yield part[0][1], b"".join(_block(layout, index) for index, _ in part)
-
-
-def _block(layout: Layout, index: int) -> bytes:
-    """Refcount block ``index``: one reference for each used cluster."""
-    entries = layout.geometry.refcount_block_entries
-    order = layout.geometry.refcount_order
-    used = min(max(layout.used_clusters - index * entries, 0), entries)
-    counts = array(TYPECODES[order], (1,)) * used + array(TYPECODES[order], (0,)) * (entries - used)
-    return encode_block(counts, order)
-
-
 async def _write_mapping(target: Node, layout: Layout, bitmap: int) -> None:
     """L1 and L2 tables that map every guest cluster to the data clusters, in order.
 
@@ -381,20 +391,26 @@ async def _write_mapping(target: Node, layout: Layout, bitmap: int) -> None:
     if not layout.l1_size:
         return
     geometry = layout.geometry
+    # In cipher text the zeros of unwritten space are garbage: such clusters say that they are zero.
+    zero = layout.crypto_size and not geometry.extended_l2
+    flags = COPIED | ZERO if zero else COPIED
     l1 = _run(layout.l2_offset, layout.l1_size, geometry.cluster_size)
     await io.write(target, layout.l1_offset, store_table(l1))
     at_once = max(1, _CHUNK >> geometry.cluster_bits) * geometry.l2_entries
     for start in range(0, layout.data_clusters, at_once):
         count = min(at_once, layout.data_clusters - start)
         entries = _run(
-            layout.data_offset + (start << geometry.cluster_bits), count, geometry.cluster_size
+            layout.data_offset + (start << geometry.cluster_bits),
+            count,
+            geometry.cluster_size,
+            flags,
         )
         offset = layout.l2_offset + start * geometry.l2_entry_size
         bitmaps = array("Q", (bitmap,)) * count if geometry.extended_l2 else None
         await io.write(target, offset, store_l2_table(entries, bitmaps))
 
 
-def _run(offset: int, count: int, cluster_size: int) -> array[int]:
+def _run(offset: int, count: int, cluster_size: int, flags: int = COPIED) -> array[int]:
     """Entries for ``count`` contiguous clusters, each used once."""
-    start = COPIED | offset
+    start = flags | offset
     return array("Q", range(start, start + count * cluster_size, cluster_size))

@@ -7,7 +7,8 @@ Public:
 
 1. A node that the user gives comes before the name in the header. That name is a path and nothing
    else, and passes the policy before it is opened.
-2. Where only information is wanted the file stays closed; nothing can then be read from it.
+2. Where only information is wanted the file stays closed; nothing can then be read from it. A
+   check looks at its size.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ async def open_child(node: Node, header: ImageHeader) -> None:
         if not header.has_data_file:
             raise UsageError("'data-file' can only be set for images with an external data file")
         reference = options.data_file
-    elif not header.has_data_file or node.flags.no_io:
+    elif not header.has_data_file or (node.flags.metadata_only and not node.flags.repair):
         return
     elif header.data_file:
         reference = data_file_options(storage, header.data_file)
@@ -83,7 +84,7 @@ def refuse(image: Image, what: str) -> None:
 
 def refuse_backing(image: Image) -> None:
     """Raise UsageError if the data file is raw: what a backing file holds is not in it."""
-    if image.data_file_raw:
+    if image.header.data_file_raw:
         raise UsageError(
             f"Invalid argument: the data file of '{image.node.filename}' is a raw image of the "
             "whole disk, which a backing file would not show in"

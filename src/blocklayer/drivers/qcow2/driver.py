@@ -17,16 +17,17 @@ from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-import msgspec
+from msgspec import UNSET
 
 from blocklayer.codec.qcow2 import header as qcow2_header
 from blocklayer.codec.qcow2.geometry import Geometry
 from blocklayer.codec.qcow2.header import ImageHeader
-from blocklayer.codec.qcow2.snapshots import Snapshot
 from blocklayer.drivers.qcow2 import data_file, flushing
-from blocklayer.drivers.qcow2.bitmaps import BitmapKeeper, Qcow2BitmapInfo, StoredBitmaps
+from blocklayer.drivers.qcow2.bitmaps import BitmapKeeper, StoredBitmaps
 from blocklayer.drivers.qcow2.compression import Compressor
+from blocklayer.drivers.qcow2.encryption import Encryption, EncryptOptions, refuse_compression
 from blocklayer.drivers.qcow2.image import Image
+from blocklayer.drivers.qcow2.info import Qcow2Info, snapshot_info, specific_info
 from blocklayer.drivers.qcow2.making import Qcow2Maker
 from blocklayer.drivers.qcow2.mapping import Mapping
 from blocklayer.drivers.qcow2.reading import load_snapshots, read_header
@@ -50,20 +51,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _KNOWN_AUTOCLEAR = qcow2_header.AUTOCLEAR_BITMAPS | qcow2_header.AUTOCLEAR_DATA_FILE_RAW
-
-
-class Qcow2Info(msgspec.Struct, rename="kebab", omit_defaults=True, kw_only=True):
-    """The format specific information that ``info`` shows."""
-
-    compat: str
-    compression_type: str
-    lazy_refcounts: bool | None = None
-    bitmaps: list[Qcow2BitmapInfo] | None = None
-    refcount_bits: int
-    data_file: str | None = None
-    data_file_raw: bool | None = None
-    corrupt: bool | None = None
-    extended_l2: bool | None = None
 
 
 class Qcow2Driver(Qcow2Maker, BitmapKeeper):
@@ -94,8 +81,10 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         await self.node.open_child("file", options.file)
         storage = Storage(self.node.children["file"])
         header = await read_header(storage)
-        self._check_supported(header)
         await data_file.open_child(self.node, header)
+        encrypt = EncryptOptions() if options.encrypt is UNSET else options.encrypt
+        data = data_file.storage_of(self.node, storage, header)
+        self.encryption = await Encryption.open(self.node, storage, data, header, encrypt)
         self._assemble(storage, header)
         await self.image.load_l1()
         await load_snapshots(self.image)
@@ -107,18 +96,6 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         self._clean_timer: asyncio.TimerHandle | None = None
         self._schedule_cleaning()
 
-    def _check_supported(self, header: ImageHeader) -> None:
-        features = {
-            "encryption": header.crypt_method != qcow2_header.CRYPT_NONE,
-        }
-        used = [name for name, present in features.items() if present]
-        if used:
-            raise UnsupportedError(
-                f"Could not open '{self.node.children['file'].node.filename}': the image uses "
-                + " and ".join(used)
-                + ", which this version does not support"
-            )
-
     def _assemble(self, storage: Storage, header: ImageHeader) -> None:
         """Build the parts around the image's state."""
         node, options = self.node, self.node.options
@@ -126,6 +103,7 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         settings = Settings.make(options, node.flags, header, Geometry.of(header))
         data = data_file.storage_of(node, storage, header)
         self.image = image = Image(node, storage, data, header, settings)
+        image.encryption = self.encryption
         self.stored_bitmaps = StoredBitmaps(image)
         if header.extended_l2:
             from blocklayer.drivers.qcow2.subclusters import (
@@ -191,6 +169,8 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
                 if not self.node.flags.repair and not self.image.stays_dirty:
                     await self.image.set_dirty(False)
                 await self.stored_bitmaps.store()
+        if self.encryption is not None:
+            self.encryption.close()
 
     def _schedule_cleaning(self) -> None:
         interval_s = self.image.settings.clean_interval_s
@@ -249,29 +229,12 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
             vm_state_offset=self._vm_state_offset,
             dirty=self.dirty,
             encrypted=header.crypt_method != qcow2_header.CRYPT_NONE,
-            snapshots=[_snapshot_info(snapshot) for snapshot in self.image.snapshots],
+            snapshots=[snapshot_info(snapshot) for snapshot in self.image.snapshots],
         )
 
     def specific_info(self) -> Qcow2Info:
         """As ``qemu-img info`` shows it."""
-        header = self.image.header
-        zstd = header.compression_type == qcow2_header.COMPRESSION_ZSTD
-        info = Qcow2Info(
-            compat="1.1" if header.version == 3 else "0.10",
-            compression_type="zstd" if zstd else "zlib",
-            refcount_bits=self.image.geometry.refcount_bits,
-        )
-        if header.has_data_file:
-            info.data_file = header.data_file or None
-            info.data_file_raw = self.image.data_file_raw
-        if header.version == 3:
-            lazy = header.compatible_features & qcow2_header.COMPATIBLE_LAZY_REFCOUNTS
-            corrupt = header.incompatible_features & qcow2_header.INCOMPATIBLE_CORRUPT
-            info.lazy_refcounts = bool(lazy)
-            info.bitmaps = self.stored_bitmaps.info() or None
-            info.corrupt = bool(corrupt)
-            info.extended_l2 = header.extended_l2
-        return info
+        return specific_info(self.image, self.stored_bitmaps.info())
 
     async def storage_has_holes(self) -> bool:
         """Preallocated clusters, perhaps: their data is in the file's holes."""
@@ -280,13 +243,22 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
     async def map(self, offset: int, length: int) -> Extent:
         """Where the guest's bytes live."""
         try:
-            return await self.mapping.map(offset, length)
+            extent = await self.mapping.map(offset, length)
+            return extent if self.encryption is None else self.encryption.shown(extent)
         except CorruptionError as error:
             raise await self._signal(error) from None
 
     async def read_opaque(self, offset: int, view: memoryview) -> None:
-        """Unpack compressed clusters."""
-        await self.compressor.read(offset, view)
+        """Unpack compressed clusters, decrypt others."""
+        if self.encryption is None:
+            await self.compressor.read(offset, view)
+            return
+        await self.encryption.read(offset, view, self.mapping, self.compressor)
+
+    async def write_opaque(self, offset: int, data: Buffer) -> None:
+        """Encrypt clusters that are written in place."""
+        assert self.encryption is not None
+        await self.encryption.write(offset, data, self.mapping)
 
     async def allocate(self, offset: int, length: int) -> Allocation:
         """Set clusters aside for a write."""
@@ -323,6 +295,7 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
     async def write_compressed(self, offset: int, data: Buffer) -> None:
         """Store clusters compressed."""
         data_file.refuse(self.image, "compressed clusters")
+        refuse_compression(self.encryption)
         try:
             await self.compressor.write(offset, data)
         except CorruptionError as error:
@@ -331,6 +304,7 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
     def pack(self, data: Buffer, level: int | None = None) -> bytes | None:
         """Compress one cluster."""
         data_file.refuse(self.image, "compressed clusters")
+        refuse_compression(self.encryption)
         return self.compressor.pack(data, level)
 
     async def write_packed(self, offset: int, parts: Sequence[bytes]) -> None:
@@ -384,14 +358,18 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         return Qcow2AmendOptions
 
     async def amend(
-        self, options: graph_options.AmendOptions, progress: Callable[[int, int], None]
+        self,
+        options: graph_options.AmendOptions,
+        progress: Callable[[int, int], None],
+        *,
+        force: bool = False,
     ) -> None:
-        """Change the image's version, size, or refcounts."""
+        """Change the image's version, size, refcounts, or key slots."""
         from blocklayer.drivers.qcow2.amend import Qcow2AmendOptions, amend
 
         assert isinstance(options, Qcow2AmendOptions)
         try:
-            await amend(self, options, progress)
+            await amend(self, options, progress, force=force)
         except CorruptionError as error:
             raise await self._signal(error) from None
 
@@ -404,7 +382,7 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
 
     async def snapshot_create(self, name: str) -> SnapshotInfo:
         """Keep what the disk holds now."""
-        return _snapshot_info(await self._on_snapshots(lambda them: them.create(name)))
+        return snapshot_info(await self._on_snapshots(lambda them: them.create(name)))
 
     async def snapshot_apply(self, identifier: str) -> None:
         """Go back to what the disk held."""
@@ -449,17 +427,3 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         from blocklayer.drivers.qcow2.rehearsal import rehearse
 
         return await rehearse(self, repair)
-
-
-def _snapshot_info(snapshot: Snapshot) -> SnapshotInfo:
-    clock_s, clock_ns = divmod(snapshot.vm_clock_ns, 1_000_000_000)
-    return SnapshotInfo(
-        id=snapshot.id,
-        name=snapshot.name,
-        vm_state_size=snapshot.vm_state_size,
-        date_sec=snapshot.date_s,
-        date_nsec=snapshot.date_ns,
-        vm_clock_sec=clock_s,
-        vm_clock_nsec=clock_ns,
-        icount=snapshot.icount,
-    )

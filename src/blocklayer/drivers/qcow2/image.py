@@ -26,13 +26,14 @@ from blocklayer.codec.qcow2.entries import (
 )
 from blocklayer.codec.qcow2.geometry import Geometry
 from blocklayer.codec.qcow2.header import (
-    AUTOCLEAR_DATA_FILE_RAW,
     INCOMPATIBLE_DIRTY,
     ImageHeader,
 )
 from blocklayer.codec.qcow2.rewriting import rewriting
 from blocklayer.codec.qcow2.snapshots import Snapshot
+from blocklayer.codec.qcow2.validation import full_disk_encryption_area
 from blocklayer.drivers.qcow2 import overlap
+from blocklayer.drivers.qcow2.encryption import Encryption
 from blocklayer.drivers.qcow2.frees import Frees
 from blocklayer.drivers.qcow2.overlap import Overlap
 from blocklayer.drivers.qcow2.refcounts import Refcounts
@@ -41,7 +42,7 @@ from blocklayer.drivers.qcow2.slices import SliceCache
 from blocklayer.drivers.qcow2.storage import Storage
 from blocklayer.errors import BlockError, CorruptionError
 from blocklayer.graph.node import Node
-from blocklayer.units import SECTOR
+from blocklayer.units import SECTOR, align_up
 
 L1_SECTOR_ENTRIES: Final = SECTOR // 8
 
@@ -71,6 +72,7 @@ class Image:
         self.refcounts = Refcounts(self)
         self.slices = SliceCache(self)
         self.frees = Frees(self)
+        self.encryption: Encryption | None = None
         self.trim = False
         """So much was given up that the file is to be cut to what is in use, at close."""
         self.stays_dirty = False
@@ -84,8 +86,17 @@ class Image:
 
     @property
     def data_file_raw(self) -> bool:
-        """Whether the data file is to be, at every moment, the disk as a raw image."""
-        return bool(self.header.autoclear_features & AUTOCLEAR_DATA_FILE_RAW)
+        """Whether the data file is to be, at every moment, the disk as a raw image.
+
+        Cipher text never is one, whatever the header says.
+        """
+        return self.header.data_file_raw and self.encryption is None
+
+    @property
+    def data_end(self) -> int:
+        """How long a data file is to be: as the disk, though only whole sectors are encrypted."""
+        size = self.header.size
+        return size if self.encryption is None else align_up(size, SECTOR)
 
     async def load_l1(self) -> None:
         """Read the active L1 table."""
@@ -132,6 +143,9 @@ class Image:
         header, geometry, guard = self.header, self.geometry, self.overlap
         await self.refcounts.load()
         guard.add(overlap.HEADER, 0, geometry.cluster_size)
+        area = full_disk_encryption_area(header)
+        if area is not None:
+            guard.add(overlap.HEADER, *area)
         guard.add(overlap.ACTIVE_L1, header.l1_table_offset, header.l1_size * 8)
         guard.add(
             overlap.REFCOUNT_TABLE,

@@ -42,14 +42,6 @@ class Qcow2Maker(FormatDriver):
         return await measure(options, size, source)
 
     @classmethod
-    def check_compression_level(cls, options: AnyCreateOptions, level: int) -> None:
-        """Deflate and zstd have their own levels."""
-        from blocklayer.drivers.qcow2.packing import packing_level
-
-        assert isinstance(options, Qcow2CreateOptions)
-        packing_level(options.compression_type, level)
-
-    @classmethod
     def stream(cls, options: AnyCreateOptions, *, compress: bool, level: int | None) -> ImageStream:
         """Tables before data."""
         from blocklayer.drivers.qcow2.stream import Qcow2Stream

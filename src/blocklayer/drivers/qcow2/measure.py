@@ -35,7 +35,7 @@ async def measure(options: Qcow2CreateOptions, size: int, source: Measured | Non
     whole = geometry.align_up(size)
     if whole > geometry.max_size:
         raise UsageError("The image size is too large (try using a larger cluster size)")
-    metadata = _metadata_size(geometry, whole)
+    metadata = _metadata_size(geometry, whole, options.encryption_header_size)
     if options.preallocation in ("falloc", "full"):
         data = whole
     elif source is None:
@@ -53,10 +53,12 @@ async def measure(options: Qcow2CreateOptions, size: int, source: Measured | Non
     )
 
 
-def _metadata_size(geometry: Geometry, size: int) -> int:
-    """Bytes of the header and all tables of a disk of ``size`` bytes that is fully allocated."""
+def _metadata_size(geometry: Geometry, size: int, crypto: int) -> int:
+    """Bytes of the headers and all tables of a disk of ``size`` bytes that is fully allocated;
+    ``crypto`` is what encryption adds.
+    """
     l1_entries = geometry.l1_entries(size)
-    known = 1 + l1_entries + geometry.cluster_count(l1_entries * 8)
+    known = 1 + l1_entries + geometry.cluster_count(l1_entries * 8) + geometry.cluster_count(crypto)
     blocks, tables = geometry.refcount_clusters(known + geometry.cluster_count(size))
     return (known + blocks + tables) << geometry.cluster_bits
 

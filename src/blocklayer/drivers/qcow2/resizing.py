@@ -13,7 +13,7 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING
 
-from blocklayer.codec.qcow2.entries import COPIED, store_table
+from blocklayer.codec.qcow2.entries import COPIED, ZERO, store_table
 from blocklayer.codec.qcow2.geometry import MAX_L1_TABLE_SIZE
 from blocklayer.codec.qcow2.subclusters import ALLOCATED
 from blocklayer.drivers.qcow2 import flushing, overlap
@@ -160,7 +160,8 @@ class Resizer:
         extent = await self._mapping.map(start, self._unit)
         if extent.kind is Kind.ZERO or (extent.kind is Kind.UNALLOCATED and not exposes):
             return
-        if extent.writable and extent.host_offset is not None:
+        plain = self._image.encryption is None
+        if plain and extent.writable and extent.host_offset is not None:
             inside = old - start
             await self._image.data.write(extent.host_offset + inside, io.zeros(self._unit - inside))
             return
@@ -170,6 +171,10 @@ class Resizer:
     async def preallocate(self, start: int, end: int, mode: str) -> None:
         """Give every unallocated cluster of ``[start, end)`` space that reads as zeros."""
         image, bits = self._image, self._bits
+        if image.encryption is not None and image.header.version < 3:
+            raise UnsupportedError(
+                "Preallocation of an encrypted image needs compatibility level 1.1 or above"
+            )
         cluster, last = start >> bits, align_up(end, self._size) >> bits
         while cluster < last:
             async with image.lock:
@@ -185,7 +190,7 @@ class Resizer:
                 while count:
                     found, index = await self._writer.entries(cluster)
                     part = min(count, len(found.entries) - index)
-                    first = COPIED | (host << bits)
+                    first = self._preallocated | (host << bits)
                     entries = array("Q", range(first, first + (part << bits), self._size))
                     # Subclusters that hide what is below go on doing so.
                     _, bitmaps = found.part(index, part)
@@ -204,6 +209,13 @@ class Resizer:
             await self._image.refcounts.release(host, count)
             raise
         return host, count
+
+    @property
+    def _preallocated(self) -> int:
+        """The flags of clusters that were never written: decrypted, zeros are garbage."""
+        plain = self._image.encryption is None or self._image.geometry.extended_l2
+        # (With extended L2 entries it is the bitmap that says so.)
+        return COPIED if plain else COPIED | ZERO
 
     async def _reserve(self, offset: int, length: int, mode: str) -> None:
         """Make host space read as zeros, and be there as ``mode`` says."""

@@ -14,6 +14,7 @@ from msgspec import UNSET, Meta, UnsetType
 from blocklayer.codec.qcow2.geometry import Geometry
 from blocklayer.codec.qcow2.header import COMPATIBLE_LAZY_REFCOUNTS, ImageHeader
 from blocklayer.drivers.qcow2 import overlap
+from blocklayer.drivers.qcow2.encryption import EncryptOptions
 from blocklayer.errors import UsageError
 from blocklayer.graph.node import Flags
 from blocklayer.graph.options import NodeOptions, Reference, Size
@@ -39,6 +40,7 @@ class Qcow2Options(NodeOptions):
     pass_discard_snapshot: bool = True
     pass_discard_other: bool = False
     discard_no_unref: bool = False
+    encrypt: EncryptOptions | UnsetType = UNSET
     overlap_check: str | dict[str, Any] | UnsetType = UNSET
     cache_size: Size | UnsetType = UNSET
     l2_cache_size: Size | UnsetType = UNSET

@@ -36,6 +36,7 @@ from blocklayer.errors import CorruptionError
 from blocklayer.graph import io
 from blocklayer.graph.driver import Buffer
 from blocklayer.graph.extent import Allocation, Extent, Kind
+from blocklayer.graph.waiting import offload
 from blocklayer.units import align_down, align_up
 
 if TYPE_CHECKING:
@@ -188,15 +189,17 @@ class SubclusterWriter(Writer):
             space = Space(guest, host, count, own, start, stop)
             reads_zero = not own and host << bits >= image.storage.size
             if image.geometry.data_file:
-                # It stays as long as the disk.
-                stop = max(end, min(stop, image.header.size))
+                stop = max(end, min(stop, image.data_end))
             else:
                 await image.storage.reserve((host + count) << bits)
             place = (host << bits) + start - (guest << bits)
-            return Allocation(
+            allocation = Allocation(
                 offset, end - offset, image.data.child, place,
                 offset - start, stop - end, reads_zero, space,
             )  # fmt: skip
+            if image.encryption is not None:
+                image.encryption.prepare(allocation)
+            return allocation
 
     async def _described(self, guest: int, count: int) -> tuple[array[int], array[int]]:
         """Entries and bitmaps of up to ``count`` clusters from ``guest`` on, checked."""
@@ -269,7 +272,10 @@ class SubclusterWriter(Writer):
             try:
                 head = await io.read_around(node, offset - allocation.head, allocation.head)
                 tail = await io.read_around(node, offset + len(part), allocation.tail)
-                await self._image.data.write(allocation.host_offset, head, part, tail)
+                stored: list[Buffer] = [head, part, tail]
+                if allocation.seal is not None:
+                    stored = [await offload(allocation.seal, b"".join(stored))]
+                await self._image.data.write(allocation.host_offset, *stored)
                 await self.commit(allocation)
             except BaseException:
                 await self.abort(allocation)

@@ -22,6 +22,7 @@ from blocklayer.drivers.qcow2.frees import Reason
 from blocklayer.errors import CorruptionError
 from blocklayer.graph.driver import Buffer
 from blocklayer.graph.extent import Allocation
+from blocklayer.graph.waiting import offload
 from blocklayer.units import MIB
 
 if TYPE_CHECKING:
@@ -70,8 +71,7 @@ class Writer:
             await self.begin()
             guest = offset >> bits
             if image.geometry.data_file:
-                space = Space(guest, guest, self._clusters(guest, offset, length), True)
-                return self._in_data_file(space, offset, length)
+                return self._in_data_file(guest, offset, length)
             reused = await self._reusable(guest, offset, length)
             if reused is None:
                 wanted = self._clusters(guest, offset, length)
@@ -83,19 +83,28 @@ class Writer:
             await image.storage.reserve((space.host + space.count) << bits)
             head = offset & (size - 1)
             length = min(length, (space.count << bits) - head)
-            return Allocation(
+            allocation = Allocation(
                 offset, length, image.storage.child, space.host << bits,
                 head, -(head + length) % size, reads_zero, space,
             )  # fmt: skip
+            if image.encryption is not None:
+                image.encryption.prepare(allocation)
+            return allocation
 
-    def _in_data_file(self, space: Space, offset: int, length: int) -> Allocation:
+    def _in_data_file(self, guest: int, offset: int, length: int) -> Allocation:
         """The place of the clusters in the data file, which stays as long as the disk."""
+        space = Space(guest, guest, self._clusters(guest, offset, length), True)
         image, size = self._image, 1 << self._bits
         head = offset & (size - 1)
         length = min(length, (space.count << self._bits) - head)
         end = offset + length
-        tail = min(-end % size, max(0, image.header.size - end))
-        return Allocation(offset, length, image.data.child, offset - head, head, tail, False, space)
+        tail = min(-end % size, max(0, image.data_end - end))
+        allocation = Allocation(
+            offset, length, image.data.child, offset - head, head, tail, False, space
+        )
+        if image.encryption is not None:
+            image.encryption.prepare(allocation)
+        return allocation
 
     def _clusters(self, guest: int, offset: int, length: int) -> int:
         """How many clusters one allocation for the write may have."""
@@ -236,7 +245,10 @@ class Writer:
             allocation = await self.allocate(offset, len(view))
             part = view[: allocation.length]
             try:
-                await self._image.data.write(allocation.host_offset, part)
+                stored: Buffer = part
+                if allocation.seal is not None:
+                    stored = await offload(allocation.seal, part)
+                await self._image.data.write(allocation.host_offset, stored)
                 await self.commit(allocation)
             except BaseException:
                 await self.abort(allocation)

@@ -1,0 +1,1 @@
+"""Encrypted guest data: sector ciphers, LUKS key slots, and the ``luks`` driver."""
