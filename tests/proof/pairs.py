@@ -99,7 +99,12 @@ async def new_pair(
     folder: Path, size: int, *, raw: bool = False, base: CrashingDisk | None = None, **options: Any
 ) -> Pair:
     """A new image with a data file on two new disks, on stable storage."""
-    values = {"cluster_size": 512, "data_file": "data", "data_file_raw": raw, **options}
+    values = {
+        "cluster_size": 512,
+        "data_file": str(folder / "data"),
+        "data_file_raw": raw,
+        **options,
+    }
     await create_image(
         Graph(REGISTRY),
         str(folder / "image"),

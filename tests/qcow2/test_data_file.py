@@ -223,7 +223,7 @@ def test_nothing_is_left_of_a_failed_creation(tmp_path: Path) -> None:
 
 def test_the_image_cannot_be_its_own_data_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="both the image and its data file"):
-        run(create(tmp_path / "image", MIB, data_file="image"))
+        run(create(tmp_path / "image", MIB, data_file=str(tmp_path / "image")))
 
 
 def test_snapshots_and_compression_are_refused(tmp_path: Path) -> None:
@@ -279,19 +279,37 @@ def test_a_name_is_no_protocol(tmp_path: Path, name: str) -> None:
     run(main())
 
 
-def test_a_relative_name_starts_at_the_image(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_relative_name_starts_at_the_current_folder(
+    qemu_img: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not where the process happens to be, where QEMU would look; but the error tells of that."""
+    """Not at the image's, as it does in QEMU; the error tells if the file is there."""
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     blk("img", "create", "-q", "-f", "qcow2", "-o", "data_file=data", "folder/image", "1M")
-    assert (tmp_path / "folder" / "data").stat().st_size == MIB
+    assert (tmp_path / "data").stat().st_size == MIB
     assert blk_json("map", "--output=json", "folder/image")[0]["present"] is False
-    (tmp_path / "folder" / "data").rename(tmp_path / "data")
+    assert "No errors" in qemu_img("check", "folder/image").stdout
+    (tmp_path / "data").rename(tmp_path / "folder" / "data")
     _, _, said = blk("img", "map", "folder/image", check=False)
-    assert "'folder/data'" in said
-    assert "data-file.filename" in said
+    assert "'data'" in said
+    assert "data-file.filename=folder/data" in said
+
+
+def test_the_policy_sees_what_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative name is judged as the file that it leads to."""
+    for name in ("folder", "current"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "current")
+    path = tmp_path / "folder" / "image"
+
+    async def main() -> None:
+        await create(path, MIB, data_file="data")
+        with pytest.raises(PolicyError, match="data file"):
+            await Disk.open(path, policy=Policy(allow=(str(tmp_path / "folder"),)))
+        disk = await Disk.open(path, policy=Policy(allow=(str(tmp_path / "current"),)))
+        await disk.close()
+
+    run(main())
 
 
 def test_amend(qemu_img: Oracle, tmp_path: Path) -> None:

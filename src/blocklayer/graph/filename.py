@@ -70,14 +70,7 @@ def image_options(name: str, registry: Registry, format: str | None = None) -> d
 
 def resolve_relative(image: str, name: str) -> str:
     """``name`` as found in ``image``, made relative to where ``image`` is."""
-    if not name or name.startswith("json:") or scheme_of(name):
-        return name
-    return resolve_path(image, name)
-
-
-def resolve_path(image: str, name: str) -> str:
-    """The path ``name`` as found in ``image``, made relative to where ``image`` is."""
-    if name.startswith("/"):
+    if not name or name.startswith("/") or name.startswith("json:") or scheme_of(name):
         return name
     if image.startswith("json:"):
         raise UsageError(f"Cannot tell the folder of '{image}', to which '{name}' is relative")

@@ -23,7 +23,6 @@ from blocklayer.graph.filename import (
     image_options,
     path_options,
     protocol_options,
-    resolve_path,
     resolve_relative,
     scheme_of,
     storage_of,
@@ -361,11 +360,10 @@ def data_file_options(node: Node, name: str) -> dict[str, Any]:
     """Options for the storage of the data file ``name`` that ``node``'s image names.
 
     The name is a path, whatever it looks like: an image cannot make us speak a protocol with it,
-    or choose options.
+    or choose options. A relative one starts at the current folder, as in QEMU.
     """
-    path = resolve_path(storage_of(node).filename, name)
-    node.graph.policy.check(node.filename, "data file", path, local=True)
-    return path_options(path)
+    node.graph.policy.check(node.filename, "data file", name, local=True)
+    return path_options(name)
 
 
 def _named_backing(

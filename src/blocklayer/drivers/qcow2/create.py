@@ -8,7 +8,7 @@ Public:
 1. The header comes last, in one write, after all else is on stable storage: a crash before leaves a
    file that no reader takes for an image.
 2. A data file is complete before the header names it. One that did not exist is removed again when
-   creation fails. It lies where the image will look for it: a relative name starts at the image.
+   creation fails.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from blocklayer.errors import UsageError
 from blocklayer.graph import io
-from blocklayer.graph.filename import path_options, resolve_path
+from blocklayer.graph.filename import path_options
 from blocklayer.graph.node import Flags
 from blocklayer.graph.open import open_options
 from blocklayer.graph.permission import Permission
@@ -34,7 +34,7 @@ async def created_data_file(
 ) -> AsyncIterator[None]:
     """Make the data file that ``options`` name, ``size`` bytes long, for the image ``target``."""
     assert options.data_file is not None
-    path = resolve_path(target.filename, options.data_file)
+    path = options.data_file
     existed = os.path.lexists(path)
     if existed and os.path.exists(target.filename) and os.path.samefile(path, target.filename):
         raise UsageError(f"'{path}' cannot be both the image and its data file")

@@ -6,7 +6,7 @@ Public:
     refuse(image, what), refuse_backing(image)       raise where the image has (a raw) one
 
 1. A node that the user gives comes before the name in the header. That name is a path and nothing
-   else, and passes the policy before it is opened.
+   else, relative to the current folder (as QEMU has it), and passes the policy before it is opened.
 2. Where only information is wanted the file stays closed; nothing can then be read from it. A
    check looks at its size.
 """
@@ -52,16 +52,17 @@ async def open_child(node: Node, header: ImageHeader) -> None:
     try:
         await node.open_child("data-file", reference, Role.DATA)
     except StorageError as error:
-        raise _hinted(error, header.data_file or "") from error
+        raise _hinted(error, storage.filename, header.data_file or "") from error
 
 
-def _hinted(error: StorageError, name: str) -> StorageError:
+def _hinted(error: StorageError, image: str, name: str) -> StorageError:
     """``error``, and what may be behind it: a name that was meant from another folder."""
-    if error.errno != errno.ENOENT or not name or os.path.isabs(name) or not os.path.exists(name):
+    beside = os.path.join(os.path.dirname(image), name)
+    if error.errno != errno.ENOENT or not name or os.path.isabs(name) or not os.path.exists(beside):
         return error
     return error.reworded(
-        f"{error} (the image's folder is where its data file '{name}' is looked for, not the "
-        f"current one, where there is one: to use that, give data-file.filename={name})"
+        f"{error} (the current folder is where the data file '{name}' is looked for, not the "
+        f"image's, where there is one: to use that, give data-file.filename={beside})"
     )
 
 
