@@ -17,6 +17,11 @@ DRIVERS: Final = {
     "host_device": Entry(f"{_HERE}.host_device:HostDeviceDriver", protocol=True),
     "null-co": Entry(f"{_HERE}.null:NullDriver", protocol=True, schemes=("null-co",)),
     "null-aio": Entry(f"{_HERE}.null:NullAioDriver", protocol=True, schemes=("null-aio",)),
+    "nbd": Entry(
+        f"{_HERE}.nbd.driver:NbdDriver",
+        protocol=True,
+        schemes=("nbd", "nbd+tcp", "nbd+unix", "nbds", "nbds+tcp", "nbds+unix"),
+    ),
     "memory": Entry(f"{_HERE}.memory:MemoryDriver", protocol=True),
     "raw": Entry(f"{_HERE}.raw:RawDriver"),
     "qcow2": Entry(f"{_HERE}.qcow2.driver:Qcow2Driver", magics=((0, b"QFI\xfb"),)),

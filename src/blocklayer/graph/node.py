@@ -46,6 +46,8 @@ class Flags(msgspec.Struct, kw_only=True):
     """The image on whose word the node is opened; None for what the user named."""
     metadata_only: bool = False
     """No guest data will be asked for: encrypted images are opened without their keys."""
+    nesting: int = 0
+    """How many formats inside formats lie above; a backing file is not inside its overlay."""
 
     def inherited(self, role: Role) -> Flags:
         """What a child in ``role`` has where its own options are silent."""
@@ -57,6 +59,7 @@ class Flags(msgspec.Struct, kw_only=True):
                 one_pass=self.one_pass,
                 named_by=self.named_by,
                 metadata_only=self.metadata_only,
+                nesting=self.nesting,
             )
         return Flags(
             read_only=self.read_only,
@@ -69,6 +72,7 @@ class Flags(msgspec.Struct, kw_only=True):
             one_pass=self.one_pass,
             named_by=self.named_by,
             metadata_only=self.metadata_only,
+            nesting=self.nesting + 1,
         )
 
 

@@ -11,7 +11,7 @@ import importlib
 import json
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 import msgspec
 
@@ -23,8 +23,14 @@ if TYPE_CHECKING:
 
 _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9.\-_]*\Z")
 
-TYPES: Final = {"secret": "blocklayer.graph.secret:Secret"}
+TYPES: Final = {
+    "secret": "blocklayer.graph.secret:Secret",
+    "tls-creds-x509": "blocklayer.graph.tls_credentials:TlsCredentials",
+}
 """Type names as ``--object`` and ``object-add`` have them, and where their classes are."""
+
+
+AnyObject = TypeVar("AnyObject", bound="UserObject")
 
 
 class UserObject:
@@ -89,6 +95,15 @@ class Objects:
         """Forget an object. Raises UsageError if there is none of that id."""
         if self._known.pop(identifier, None) is None:
             raise UsageError(f"object '{identifier}' not found")
+
+    def get(self, identifier: str, kind: type[AnyObject]) -> AnyObject:
+        """The object of that id, which is of ``kind``. Raises UsageError."""
+        found = self._known.get(identifier)
+        if found is None:
+            raise UsageError(f"No object with id '{identifier}'")
+        if not isinstance(found, kind):
+            raise UsageError(f"Object '{identifier}' is not of the type that is needed here")
+        return found
 
     def secret(self, identifier: str) -> Secret:
         """The secret of that id. Raises UsageError if there is none."""

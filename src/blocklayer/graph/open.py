@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from msgspec import UNSET
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
 
 _MAX_NESTING = 32
 """Formats inside formats that options, and images by the names they hold, may ask for."""
-
-_nesting: ContextVar[int] = ContextVar("nesting", default=0)
 
 
 async def open_image(
@@ -107,20 +104,15 @@ async def open_options(
 ) -> Node:
     """Open a node from nested ``options``, and its backing chain unless ``backing`` is False."""
     _check_nesting(options)
-    depth = _nesting.get()
-    if depth >= _MAX_NESTING:
+    if inherited.nesting >= _MAX_NESTING:
         raise PolicyError(f"Images nest more than {_MAX_NESTING} levels of formats inside formats")
-    token = _nesting.set(depth + 1)
-    try:
-        node = await _open_one(graph, options, inherited)
-        if backing:
-            try:
-                await _open_chain(graph, node)
-            except BaseException:
-                await graph.release(node)
-                raise
-    finally:
-        _nesting.reset(token)
+    node = await _open_one(graph, options, inherited)
+    if backing:
+        try:
+            await _open_chain(graph, node)
+        except BaseException:
+            await graph.release(node)
+            raise
     return node
 
 
@@ -274,6 +266,7 @@ def _flags(options: NodeOptions, inherited: Flags) -> Flags:
         one_pass=inherited.one_pass,
         named_by=inherited.named_by,
         metadata_only=inherited.metadata_only,
+        nesting=inherited.nesting,
     )
     if flags.force_share and not flags.read_only:
         raise UsageError("force-share=on can only be used with read-only images")
