@@ -1,0 +1,54 @@
+"""Putting jobs in place that move data between the layers of one chain: stream, and commit of
+layers that no guest writes to.
+
+All is checked before anything changes; a job that cannot begin leaves the graph as it was (R7).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blocklayer.errors import UsageError
+from blocklayer.graph import edit, reopen
+from blocklayer.graph.driver import FormatDriver
+from blocklayer.graph.node import Node
+from blocklayer.graph.root import Root
+from blocklayer.jobs.group import Group
+from blocklayer.jobs.starting import UNCHANGED, check_free, insert_filter
+from blocklayer.jobs.stream import Stream, StreamOptions
+
+
+async def start_stream(
+    group: Group,
+    node: Node,
+    options: StreamOptions,
+    *,
+    filter_name: str | None = None,
+    **job: Any,
+) -> Stream:
+    """Enter a stream into ``node`` in ``group``; ``job`` are the options of ``Job``."""
+    check_free(node)
+    chain = node.chain()
+    top = chain[0]
+    if options.lowest not in chain:
+        raise UsageError(
+            f"Node '{options.lowest.name}' is not in a chain starting from '{node.name}'"
+        )
+    for layer in chain[: chain.index(options.lowest) + 1]:
+        check_free(layer)
+    if not isinstance(top.driver, FormatDriver):
+        raise UsageError(f"'{top.name}' is no image: nothing can be streamed into it")
+    was_read_only = top.flags.read_only
+    async with edit.changing(top.graph):
+        await reopen.set_read_only(top, False)
+        try:
+            filter_node = await insert_filter(
+                top, "copy-on-read", filter_name, bottom=options.lowest.name
+            )
+            root = Root(top, f"block job '{job['identifier']}'", UNCHANGED, follows=False)
+        except BaseException:
+            await reopen.set_read_only(top, was_read_only)
+            raise
+        stream = Stream(root, filter_node, options, was_read_only, **job)
+        group.add(stream)
+    return stream
