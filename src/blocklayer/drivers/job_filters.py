@@ -70,7 +70,5 @@ class CommitTopDriver(FilterDriver):
     NAME = "commit_top"
 
     def child_permissions(self, child: Child, taken: int, shared: int) -> tuple[int, int]:
-        """What the users take; nothing, while it is put in or taken out."""
-        if not self.node.parents:
-            return Permission.NONE, Permission.ALL
-        return taken, shared
+        """Nothing: below it, the job alone knows what may change while users see no difference."""
+        return Permission.NONE, Permission.ALL

@@ -6,16 +6,22 @@ All is checked before anything changes; a job that cannot begin leaves the graph
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
-from blocklayer.errors import UsageError
+from blocklayer.errors import LockedError, UsageError
 from blocklayer.graph import edit, reopen
 from blocklayer.graph.driver import FormatDriver
+from blocklayer.graph.filter import FilterDriver
 from blocklayer.graph.node import Node
+from blocklayer.graph.permission import Permission
 from blocklayer.graph.root import Root
+from blocklayer.jobs.commit_layers import LayerCommit, LayerCommitOptions, overlays_of
 from blocklayer.jobs.group import Group
 from blocklayer.jobs.starting import UNCHANGED, check_free, insert_filter
 from blocklayer.jobs.stream import Stream, StreamOptions
+
+_COMMITS: Final = int(Permission.CONSISTENT_READ | Permission.WRITE | Permission.RESIZE)
+_NOBODY_READS: Final = int(Permission.WRITE | Permission.WRITE_UNCHANGED)
 
 
 async def start_stream(
@@ -52,3 +58,61 @@ async def start_stream(
         stream = Stream(root, filter_node, options, was_read_only, **job)
         group.add(stream)
     return stream
+
+
+async def start_layer_commit(
+    group: Group,
+    top: Node,
+    base: Node,
+    options: LayerCommitOptions,
+    *,
+    filter_name: str | None = None,
+    **job: Any,
+) -> LayerCommit:
+    """Enter a commit of the layers from ``top`` down to above ``base``, below other layers."""
+    chain = top.chain()
+    layers = chain[: chain.index(base)]
+    for node in (*overlays_of(top), *layers, base):
+        check_free(node)
+    check_alone(top, base)
+    label = f"block job '{job['identifier']}'"
+    was_read_only = base.flags.read_only
+    holds: list[Root] = []
+    async with edit.changing(top.graph):
+        await reopen.set_read_only(base, False)
+        try:
+            filter_node = await insert_filter(top, "commit_top", filter_name)
+            try:
+                for layer in layers:
+                    holds.append(Root(layer, label, Permission.NONE, _NOBODY_READS, follows=False))
+                source = Root(top, label, Permission.NONE, follows=False)
+                holds.append(source)
+                hold = Root(base, label, _COMMITS, UNCHANGED, follows=False)
+            except BaseException:
+                for root in holds:
+                    await root.close()
+                edit.drop_filter(filter_node)
+                await top.graph.release(filter_node)
+                raise
+        except BaseException:
+            await reopen.set_read_only(base, was_read_only)
+            raise
+        commit = LayerCommit(source, hold, holds[:-1], filter_node, options, was_read_only, **job)
+        group.add(commit)
+    return commit
+
+
+def check_alone(top: Node, base: Node) -> None:
+    """Raise LockedError if the base, or a layer between, is part of another chain as well."""
+    path = {top}
+    node = top
+    while node is not base:
+        node = node.children["file" if isinstance(node.driver, FilterDriver) else "backing"].node
+        path.add(node)
+    for node in path - {top}:
+        for edge in node.parents:
+            if edge.parent is not None and edge.parent not in path:
+                raise LockedError(
+                    f"Node '{node.name}' is busy: node is used as {edge.name} hd of "
+                    f"'{edge.parent.name}'"
+                )
