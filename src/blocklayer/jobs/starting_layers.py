@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from blocklayer.errors import LockedError, UsageError
+from blocklayer.errors import UsageError
 from blocklayer.graph import edit, reopen
 from blocklayer.graph.driver import FormatDriver
-from blocklayer.graph.filter import FilterDriver
 from blocklayer.graph.node import Node
 from blocklayer.graph.permission import Permission
 from blocklayer.graph.root import Root
 from blocklayer.jobs.commit_layers import LayerCommit, LayerCommitOptions, overlays_of
 from blocklayer.jobs.group import Group
-from blocklayer.jobs.starting import UNCHANGED, check_free, insert_filter
+from blocklayer.jobs.starting import UNCHANGED, check_alone, check_free, insert_filter
 from blocklayer.jobs.stream import Stream, StreamOptions
 
 _COMMITS: Final = int(Permission.CONSISTENT_READ | Permission.WRITE | Permission.RESIZE)
@@ -83,8 +82,10 @@ async def start_layer_commit(
         try:
             filter_node = await insert_filter(top, "commit_top", filter_name)
             try:
-                for layer in layers:
-                    holds.append(Root(layer, label, Permission.NONE, _NOBODY_READS, follows=False))
+                holds.extend(
+                    Root(layer, label, Permission.NONE, _NOBODY_READS, follows=False)
+                    for layer in layers
+                )
                 source = Root(top, label, Permission.NONE, follows=False)
                 holds.append(source)
                 hold = Root(base, label, _COMMITS, UNCHANGED, follows=False)
@@ -100,19 +101,3 @@ async def start_layer_commit(
         commit = LayerCommit(source, hold, holds[:-1], filter_node, options, was_read_only, **job)
         group.add(commit)
     return commit
-
-
-def check_alone(top: Node, base: Node) -> None:
-    """Raise LockedError if the base, or a layer between, is part of another chain as well."""
-    path = {top}
-    node = top
-    while node is not base:
-        node = node.children["file" if isinstance(node.driver, FilterDriver) else "backing"].node
-        path.add(node)
-    for node in path - {top}:
-        for edge in node.parents:
-            if edge.parent is not None and edge.parent not in path:
-                raise LockedError(
-                    f"Node '{node.name}' is busy: node is used as {edge.name} hd of "
-                    f"'{edge.parent.name}'"
-                )
