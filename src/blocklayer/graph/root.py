@@ -166,18 +166,21 @@ class Root(Child):
         if self._idle is not None and not self.in_flight:
             self._idle.set()
 
-    async def quiesce(self) -> None:
-        """Let no new request in, and wait for those inside. Nests with ``resume``."""
+    def shut(self) -> None:
+        """Let no new request in. Nests with ``resume``."""
         self._quiesced += 1
         if self._open is None or self._open.is_set():
             self._open = asyncio.Event()
+
+    async def idle(self) -> None:
+        """Wait for the requests inside; no new ones come in."""
         if self.in_flight:
             if self._idle is None or self._idle.is_set():
                 self._idle = asyncio.Event()
             await self._idle.wait()
 
     def resume(self) -> None:
-        """Undo one ``quiesce``."""
+        """Undo one ``shut``."""
         self._quiesced -= 1
         if not self._quiesced and self._open is not None:
             self._open.set()
@@ -209,14 +212,15 @@ async def drained(graph: Graph, *nodes: Node) -> AsyncIterator[None]:
     Graph changes happen inside. Requests that come meanwhile wait and go on afterwards.
     """
     affected = _roots_above(graph, nodes) if nodes else list(graph.roots)
-    stopped: list[Root] = []
+    # All doors at once: who is in at one root may be about to enter another.
+    for root in affected:
+        root.shut()
     try:
         for root in affected:
-            stopped.append(root)
-            await root.quiesce()
+            await root.idle()
         yield
     finally:
-        for root in stopped:
+        for root in affected:
             root.resume()
 
 

@@ -20,13 +20,9 @@ from blocklayer.jobs.copying import CHUNK_SIZE
 from blocklayer.jobs.job import Job, OnError
 from blocklayer.jobs.ranges import RangeCopier, ReadError
 from blocklayer.jobs.threads import crew
-from blocklayer.units import KIB, align_down
 
-_RETRY_S: Final = 0.1
+RETRY_S: Final = 0.1
 """How long a failed range is left alone when errors are ignored."""
-_LEAST_CHUNK: Final = 64 * KIB
-_STEPS_A_SECOND: Final = 4
-"""With a speed limit, chunks are so small that about so many go in a second."""
 
 
 class Policies(msgspec.Struct, frozen=True):
@@ -75,7 +71,7 @@ class Background:
                     return
                 failure = await self._try(*found)
             if failure is not None:
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(RETRY_S)
 
     def _next(self) -> tuple[int, int] | None:
         """A dirty range that nobody works at: the first from the cursor on."""
@@ -91,10 +87,7 @@ class Background:
 
     def _chunk_size(self, offset: int) -> int:
         """How much to take at once: up to a whole number of chunks, so that units stay whole."""
-        size = CHUNK_SIZE
-        if self.job.pace.bytes_per_s:
-            wanted = align_down(self.job.pace.bytes_per_s // _STEPS_A_SECOND, _LEAST_CHUNK)
-            size = max(_LEAST_CHUNK, self.todo.granularity, min(size, wanted))
+        size = self.job.pace.portion(CHUNK_SIZE)
         return max(size, self.todo.granularity) - offset % self.todo.granularity
 
     async def _try(self, offset: int, length: int) -> BlockError | None:

@@ -39,12 +39,21 @@ class RangeCopier:
     """Copies from ``source`` to ``target``; ``close`` it in the end."""
 
     def __init__(
-        self, source: Root, target: Root, *, compress: bool = False, workers: int = DEFAULT_WORKERS
+        self,
+        source: Root,
+        target: Root,
+        *,
+        compress: bool = False,
+        workers: int = DEFAULT_WORKERS,
+        zeros_known: bool = False,
+        look_for_zeros: bool = True,
     ) -> None:
         self.source = source
         self.target = target
         self.claims = Claims()
         self.workers = workers
+        self._zeros_known = zeros_known
+        self._look_for_zeros = look_for_zeros
         driver = target.node.driver
         self.unit = driver.allocation_unit if isinstance(driver, FormatDriver) else 1
         self._loaders = Threads(workers)
@@ -75,36 +84,38 @@ class RangeCopier:
 
     async def copy(self, offset: int, length: int) -> None:
         """Copy the range, which is claimed. Raises ReadError or WriteError."""
-        gatherer = Gatherer(self.unit, CHUNK_SIZE)
+        gatherer = Gatherer(self.unit, CHUNK_SIZE, zeros_known=self._zeros_known)
         buffer = self._buffers.pop() if self._buffers else new_buffer(gatherer.limit)
-        chunks = gatherer.chunks(self._pieces(offset, length))
+        chunks = gatherer.chunks(self.pieces(offset, length))
         try:
             async for chunk in chunks:
                 try:
                     await self._filler.fill(chunk, buffer)
                 except (BlockError, OSError) as error:
-                    raise _as(ReadError, error) from error
+                    raise as_kind(ReadError, error) from error
                 try:
                     await store_chunk(
-                        self.target.node, chunk, buffer, self._storer, zeros_known=False,
-                        look_for_zeros=True,
+                        self.target.node, chunk, buffer, self._storer,
+                        zeros_known=self._zeros_known, look_for_zeros=self._look_for_zeros,
                     )  # fmt: skip
                 except (BlockError, OSError) as error:
-                    raise _as(WriteError, error) from error
+                    raise as_kind(WriteError, error) from error
         finally:
             await chunks.aclose()
             self._buffers.append(buffer)
 
-    async def _pieces(self, offset: int, length: int) -> AsyncIterator[Piece]:
+    async def pieces(self, offset: int, length: int) -> AsyncIterator[Piece]:
+        """What is to be copied of the range."""
         node = self.source.node
         try:
             async for run in resolve.runs(node, offset, length):
                 yield piece_of(run, node.generation, self.source)
         except BlockError as error:
-            raise _as(ReadError, error) from error
+            raise as_kind(ReadError, error) from error
 
 
-def _as(kind: type[BlockError], error: BlockError | OSError) -> BlockError:
+def as_kind(kind: type[BlockError], error: BlockError | OSError) -> BlockError:
+    """``error`` as one of ``kind``, unless it is told already where it happened."""
     if isinstance(error, ReadError | WriteError):
         return error
     failure = kind(str(error))

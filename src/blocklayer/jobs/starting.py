@@ -11,6 +11,7 @@ from typing import Any
 
 from blocklayer.errors import LockedError, UsageError
 from blocklayer.graph import edit, reopen
+from blocklayer.graph.filter import FilterDriver
 from blocklayer.graph.node import Flags, Node
 from blocklayer.graph.open import open_options
 from blocklayer.graph.permission import Permission
@@ -34,6 +35,22 @@ def check_free(node: Node) -> None:
     """Raise LockedError if a job has ``node`` to itself."""
     if node.busy:
         raise LockedError(f"Node '{node.name}' is busy: {node.busy}")
+
+
+def check_alone(top: Node, base: Node) -> None:
+    """Raise LockedError if the base, or a layer between, is part of another chain as well."""
+    path = {top}
+    node = top
+    while node is not base:
+        node = node.children["file" if isinstance(node.driver, FilterDriver) else "backing"].node
+        path.add(node)
+    for node in path - {top}:
+        for edge in node.parents:
+            if edge.parent is not None and edge.parent not in path:
+                raise LockedError(
+                    f"Node '{node.name}' is busy: node is used as {edge.name} hd of "
+                    f"'{edge.parent.name}'"
+                )
 
 
 def in_use(job: str) -> str:
@@ -104,18 +121,22 @@ async def start_active_commit(
     layers = top.chain()
     for layer in layers[: layers.index(base) + 1]:
         check_free(layer)
+    check_alone(top, base)
     was_read_only = base.flags.read_only
     async with edit.changing(top.graph):
         await reopen.set_read_only(base, False)
         try:
-            # Everybody may read, and change, the base as it was: nobody above sees a difference.
-            hold = Root(
-                base, f"block job '{job['identifier']}'", WRITE | Permission.RESIZE, follows=False
-            )
+            filter_node = await insert_filter(top, "mirror_top", filter_name, commits=True)
             try:
-                filter_node = await insert_filter(top, "mirror_top", filter_name)
+                # Everybody may read, and change, the base as it was: nobody above sees a
+                # difference.
+                hold = Root(
+                    base, f"block job '{job['identifier']}'", WRITE | Permission.RESIZE,
+                    follows=False,
+                )  # fmt: skip
             except BaseException:
-                await hold.close()
+                edit.drop_filter(filter_node)
+                await top.graph.release(filter_node)
                 raise
         except BaseException:
             await reopen.set_read_only(base, was_read_only)
