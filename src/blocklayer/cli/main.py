@@ -31,6 +31,11 @@ QEMU_VERSION: Final = "10.0.0"
 GROUPS: Final = {
     "img": ("qemu-img", "blocklayer.cli.img", "Work on disk images (used like qemu-img)"),
     "io": ("qemu-io", "blocklayer.cli.io.main:Io", "Read and write inside an image (like qemu-io)"),
+    "daemon": (
+        "qemu-storage-daemon",
+        "blocklayer.cli.daemon.main:Daemon",
+        "Keep disks open, and change them while they are used (like qemu-storage-daemon)",
+    ),
     "shell": (
         "qmp-shell",
         "blocklayer.cli.shell.main:Shell",
@@ -242,6 +247,9 @@ def _run_command(place: str, called: str, arguments: list[str]) -> int:
         command = parse(command_class, arguments, called)
         _import("blocklayer.cli.objects").define(command.object)
         _answer_progress_signal()
+        code = command.run_alone()
+        if code is not None:
+            return code
         if command.writes:
             return _run_as_task(command)
         return _run_in_place(command)

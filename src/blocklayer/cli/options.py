@@ -97,6 +97,10 @@ class Command(msgspec.Struct, kw_only=True):
         """Do it; the answer is the exit code. Errors are raised, the caller shows them."""
         raise AssertionError(f"{type(self).__name__} has no run()")
 
+    def run_alone(self) -> int | None:
+        """The same without a loop, for what forks first; None: ``run`` it."""
+        return None
+
     def left_behind(self) -> str:
         """What an interrupted run leaves, for the user: "'x.qcow2' is incomplete"."""
         return ""

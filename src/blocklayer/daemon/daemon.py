@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import BlockError, UsageError
@@ -23,6 +24,9 @@ from blocklayer.graph.node import Node
 from blocklayer.graph.registry import Registry
 from blocklayer.jobs.group import Jobs
 
+if TYPE_CHECKING:
+    from blocklayer.daemon.devices import Device
+
 
 class Daemon:
     """A live block layer. Use it on one event loop only."""
@@ -30,6 +34,8 @@ class Daemon:
     def __init__(self, *, policy: Policy | None = None, registry: Registry = REGISTRY) -> None:
         self.graph = Graph(registry, policy)
         self.jobs = Jobs()
+        self.devices: dict[str, Device] = {}
+        """By id; ``daemon.devices`` adds and removes them."""
         self.front_ends: list[Callable[[], Awaitable[None]]] = []
         """What ends each kind of front end (devices, servers, exports), the first to end last."""
 
@@ -46,10 +52,15 @@ class Daemon:
 
     def find(self, name: str) -> Node:
         """The node that ``name`` stands for: a device's, or the node of that name."""
-        node = self.graph.nodes.get(name)
+        node = self.device_medium(name) or self.graph.nodes.get(name)
         if node is None:
             raise UsageError(f"Cannot find device='{name}' nor node-name='{name}'")
         return node
+
+    def device_medium(self, name: str) -> Node | None:
+        """The node in the device ``name``, if there is such a device with a medium in it."""
+        device = self.devices.get(name)
+        return device.node if device is not None else None
 
     async def close(self) -> None:
         """End everything. Raises the first error met."""

@@ -71,7 +71,7 @@ class Graph:
         """The node ``name``. Raises UsageError if there is none."""
         node = self.nodes.get(name)
         if node is None:
-            raise UsageError(f"Cannot find node '{name}'")
+            raise UsageError(f"Cannot find device='{name}' nor node-name='{name}'")
         return node
 
     def attach(self, parent: Node, name: str, node: Node, role: Role) -> Child:
