@@ -10,7 +10,7 @@ left out. Nothing here reads guest data, and nothing waits.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -24,13 +24,15 @@ from blocklayer.graph.driver import SnapshotInfo
 from blocklayer.graph.node import Node
 from blocklayer.graph.permission import Permission
 
+DetectZeroes = Literal["off", "on", "unmap"]
+
 
 class NodeImageInfo(msgspec.Struct, kw_only=True, rename="kebab"):
     """QEMU's ``ImageInfo``: one image and, unless the list is flat, its backing images."""
 
     filename: str
     format: str
-    dirty_flag: bool
+    dirty_flag: bool | UnsetType = UNSET
     actual_size: int | UnsetType = UNSET
     virtual_size: int
     cluster_size: int | UnsetType = UNSET
@@ -46,7 +48,7 @@ class NodeImageInfo(msgspec.Struct, kw_only=True, rename="kebab"):
 class CacheInfo(msgspec.Struct, kw_only=True, rename="kebab"):
     """Whether writes are acknowledged before a flush, pass by the host's cache, skip flushes."""
 
-    writeback: bool = True
+    writeback: bool
     direct: bool
     no_flush: bool
 
@@ -66,7 +68,7 @@ class BlockDeviceInfo(
     """One node. Limits are those of a throttle group that holds for it; 0: none."""
 
     file: str
-    node_name: str
+    node_name: str | UnsetType = UNSET
     ro: bool
     drv: str
     backing_file: str | UnsetType = UNSET
@@ -74,15 +76,29 @@ class BlockDeviceInfo(
     children: list[BlockdevChild]
     active: bool
     encrypted: bool
-    detect_zeroes: str
-    bps: int = 0
-    bps_rd: int = 0
-    bps_wr: int = 0
-    iops: int = 0
-    iops_rd: int = 0
-    iops_wr: int = 0
+    detect_zeroes: DetectZeroes
+    bps: int
+    bps_rd: int
+    bps_wr: int
+    iops: int
+    iops_rd: int
+    iops_wr: int
     image: NodeImageInfo
     cache: CacheInfo
+    bps_max: int | UnsetType = UNSET
+    bps_rd_max: int | UnsetType = UNSET
+    bps_wr_max: int | UnsetType = UNSET
+    iops_max: int | UnsetType = UNSET
+    iops_rd_max: int | UnsetType = UNSET
+    iops_wr_max: int | UnsetType = UNSET
+    bps_max_length: int | UnsetType = UNSET
+    bps_rd_max_length: int | UnsetType = UNSET
+    bps_wr_max_length: int | UnsetType = UNSET
+    iops_max_length: int | UnsetType = UNSET
+    iops_rd_max_length: int | UnsetType = UNSET
+    iops_wr_max_length: int | UnsetType = UNSET
+    iops_size: int | UnsetType = UNSET
+    group: str | UnsetType = UNSET
     write_threshold: int
     dirty_bitmaps: list[BlockDirtyInfo] | UnsetType = UNSET
 
@@ -138,9 +154,15 @@ def device_info(node: Node, *, flat: bool = False) -> BlockDeviceInfo:
         children=[BlockdevChild(child=n, node_name=e.node.name) for n, e in node.children.items()],
         active=True,
         encrypted=bool(general and general.encrypted),
-        detect_zeroes=flags.detect_zeroes,
+        detect_zeroes=cast("DetectZeroes", flags.detect_zeroes),
+        bps=0,
+        bps_rd=0,
+        bps_wr=0,
+        iops=0,
+        iops_rd=0,
+        iops_wr=0,
         image=image,
-        cache=CacheInfo(direct=flags.direct, no_flush=flags.no_flush),
+        cache=CacheInfo(writeback=True, direct=flags.direct, no_flush=flags.no_flush),
         write_threshold=write_threshold.find(node),
     )
     if node.backing is not None:

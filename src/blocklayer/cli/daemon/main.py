@@ -129,7 +129,9 @@ async def _set_up(server: Server, uses: list[tuple[str, Any]]) -> None:
         try:
             await step(server, value)
         except BlockError as error:
-            raise error.reworded(f"--{option.replace('_', '-')} {value}: {error}") from error
+            # What objects are made from is secret.
+            given = "" if option == "object" else f" {value}"
+            raise error.reworded(f"--{option.replace('_', '-')}{given}: {error}") from error
 
 
 def read_options(text: str, implied: str | None = None) -> dict[str, Any]:
