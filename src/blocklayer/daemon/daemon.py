@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from blocklayer.daemon.devices import Device
 
 
+class DeviceNotFoundError(UsageError):
+    """There is no device, node or object of that name."""
+
+    error_class = "DeviceNotFound"
+
+
 class Daemon:
     """A live block layer. Use it on one event loop only."""
 
