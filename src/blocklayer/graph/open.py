@@ -144,7 +144,7 @@ async def _open_one(graph: Graph, options: Mapping[str, Any], inherited: Flags) 
         if storage is not None:
             options["file"] = storage.name
         decoded = decode(driver.Options, options)
-        node = Node(graph, graph.new_name(decoded.node_name), _flags(decoded, inherited), decoded)
+        node = Node(graph, graph.new_name(decoded.node_name), flags_of(decoded, inherited), decoded)
         node.probed = storage is not None
         node.driver = driver(node)
         _check_policy(graph, node, decoded)
@@ -226,7 +226,7 @@ async def _probe(
     reference = options.get("file")
     if reference is None:
         raise UsageError("Must specify either driver or file")
-    flags = _flags(decode(NodeOptions, _generic(options)), inherited)
+    flags = flags_of(decode(NodeOptions, _generic(options)), inherited)
     storage = await open_reference(graph, reference, flags.inherited(Role.STORAGE))
     was_held, storage.held = storage.held, True
     try:
@@ -247,8 +247,11 @@ def _generic(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in known}
 
 
-def _flags(options: NodeOptions, inherited: Flags) -> Flags:
-    """The generic options in force: what is given, else what the parent hands down."""
+def flags_of(options: NodeOptions, inherited: Flags) -> Flags:
+    """The generic options in force: what is given, else what the parent hands down.
+
+    Raises UsageError if they do not go together.
+    """
 
     def chosen(given: Any, otherwise: Any) -> Any:
         return otherwise if given is UNSET else given

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from blocklayer.errors import BlockError
-from blocklayer.graph import permission
+from blocklayer.graph import edit, permission
 from blocklayer.graph.child import Role
 from blocklayer.graph.driver import ProtocolDriver
 
@@ -34,11 +34,13 @@ class Reopen(msgspec.Struct):
     node: Node
     flags: Flags
     options: NodeOptions
+    children: dict[str, Node | None] = {}
+    """Where edges lead from now on, by name; None: there is none. Others stay as they are."""
 
 
 async def reopen(wanted: Sequence[Reopen]) -> None:
     """Carry all of ``wanted`` out, or none. Nodes are named once, in any order."""
-    before = [Reopen(each.node, each.node.flags, each.node.options) for each in wanted]
+    before = [_as_it_is(each) for each in wanted]
     formats = {each.node for each in wanted if not isinstance(each.node.driver, ProtocolDriver)}
     is_open = set(formats)
     try:
@@ -50,6 +52,16 @@ async def reopen(wanted: Sequence[Reopen]) -> None:
             for each in before:
                 each.node.poison(f"it could not be reopened as it was ({error})")
         raise
+    for each in before:
+        for child in each.children.values():
+            if child is not None:
+                await child.graph.release(child)
+
+
+def _as_it_is(wanted: Reopen) -> Reopen:
+    node = wanted.node
+    now = {name: edge.node for name, edge in node.children.items()}
+    return Reopen(node, node.flags, node.options, {name: now.get(name) for name in wanted.children})
 
 
 async def set_read_only(node: Node, read_only: bool) -> None:
@@ -86,6 +98,10 @@ async def _carry_out(wanted: Sequence[Reopen], is_open: set[Node]) -> None:
     for each in reversed(ordered):
         if isinstance(each.node.driver, ProtocolDriver):
             await _replace_storage(each.node)
+    with edit.Change() as change:
+        for each in ordered:
+            for name, child in each.children.items():
+                edit.set_child(change, each.node, name, child)
     permission.refresh(*(each.node for each in ordered))
     for each in reversed(ordered):
         if not isinstance(each.node.driver, ProtocolDriver):
@@ -97,6 +113,7 @@ async def _carry_out(wanted: Sequence[Reopen], is_open: set[Node]) -> None:
 async def _open_again(node: Node) -> None:
     """A new driver for ``node``; its children are attached still, and opening finds them there."""
     children = set(node.children)
+    node.overrides = {}
     node.driver = type(node.driver)(node)
     try:
         await node.driver.open()

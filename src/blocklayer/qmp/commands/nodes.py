@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import UNSET, Meta, UnsetType
 
-from blocklayer.daemon import info, nodes
+from blocklayer.daemon import info, nodes, reopening
 from blocklayer.qmp.commands.table import COMMANDS
 from blocklayer.qmp.monitor import Monitor
 from blocklayer.qmp.nodes import BlockdevOptions
@@ -17,6 +17,12 @@ class NodeName(Arguments, kw_only=True):
     """Which node."""
 
     node_name: str
+
+
+class BlockdevReopen(Arguments, kw_only=True):
+    """All options that the nodes are to have."""
+
+    options: list[BlockdevOptions]
 
 
 class QueryNamedBlockNodes(Arguments, kw_only=True):
@@ -58,6 +64,12 @@ async def blockdev_add(monitor: Monitor, arguments: BlockdevOptions) -> None:
 async def blockdev_del(monitor: Monitor, arguments: NodeName) -> None:
     """Close a node that nobody uses."""
     await nodes.remove(monitor.server.daemon, arguments.node_name)
+
+
+@COMMANDS.command("blockdev-reopen")
+async def blockdev_reopen(monitor: Monitor, arguments: BlockdevReopen) -> None:
+    """Give nodes other options while they are used."""
+    await reopening.change(monitor.server.daemon, arguments.options)
 
 
 @COMMANDS.command("block_resize")
