@@ -9,9 +9,7 @@ from blocklayer.graph.amend import amend
 from blocklayer.graph.node import Node
 from blocklayer.graph.permission import Permission
 from blocklayer.graph.root import Root
-from blocklayer.jobs.job import Job
-
-_TAKEN = int(Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED)
+from blocklayer.jobs.job import Job, to_its_end
 
 
 class Amend(Job):
@@ -22,15 +20,15 @@ class Amend(Job):
 
     def __init__(self, node: Node, values: Mapping[str, Any], **job: Any) -> None:
         super().__init__(node.graph, **job)
-        self._root = Root(node, f"job '{self.id}'", _TAKEN, follows=False)
+        self._root = Root(node, f"job '{self.id}'", Permission.NONE, follows=False)
         self._values = values
 
     async def run(self) -> None:
-        """Change it."""
+        """Change it. Cancelled, it is changed all the same: half is worse than all."""
         self.total = 1
         try:
             if self._values:
-                await amend(self._root, self._values, lambda done, total: None)
+                await to_its_end(amend(self._root, self._values, lambda done, total: None))
         finally:
             self.done = 1
 

@@ -2,65 +2,75 @@
 
 1. All disks are looked at before any is changed. A snapshot of several disks is of one moment.
 2. Taking and going back happen to all disks or to none: what was done is taken back when one of
-   them fails. Deleting cannot be taken back; it stops at the first failure.
+   them fails, or when the job is cancelled. Deleting cannot be taken back; it stops at the first
+   failure.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Final
 
-from blocklayer.errors import BlockError, UnsupportedError, UsageError
+from blocklayer.errors import BlockError, CancelledError, UnsupportedError, UsageError
 from blocklayer.graph import edit, snapshots
 from blocklayer.graph.driver import SnapshotInfo
 from blocklayer.graph.node import Node
 from blocklayer.graph.permission import Permission
 from blocklayer.graph.root import Root
-from blocklayer.jobs.job import Job
+from blocklayer.jobs.job import Job, to_its_end
 
-_TAKEN: Final = int(Permission.WRITE | Permission.RESIZE)
 _BEFORE: Final = "before-snapshot-load"
-"""What the state is called that a failed ``snapshot-load`` returns to; deleted in the end."""
+"""The name of the state that a failed ``snapshot-load`` returns to; it is deleted in the end."""
 
 
-class _SnapshotJob(Job):
+class DiskSnapshots(Job):
+    """What the three have in common: the disks, and the snapshot's name."""
+
     is_block_job = False
 
     def __init__(self, nodes: Sequence[Node], tag: str, **job: Any) -> None:
         super().__init__(nodes[0].graph, **job)
         self.tag = tag
-        self._nodes = list(dict.fromkeys(nodes))
-        self._roots: list[Root] = []
+        self.nodes = list(dict.fromkeys(nodes))
+        label = f"job '{self.id}'"
+        # Holds the nodes, and takes nothing: all happens with nobody inside.
+        self._roots = [Root(node, label, Permission.NONE, follows=False) for node in self.nodes]
 
     async def run(self) -> None:
+        """Do it, with nobody inside any of the disks."""
         self.total = 1
         try:
-            for node in self._nodes:
-                if not node.driver.supports_snapshots:
-                    raise UnsupportedError(f"Device '{node.name}' does not support snapshots")
-                node.check_writable()
-            async with edit.changing(self.graph, *self._nodes):
-                for node in self._nodes:
-                    self._roots.append(Root(node, f"job '{self.id}'", _TAKEN, follows=False))
-                await self.act()
+            async with edit.changing(self.graph, *self.nodes):
+                for node in self.nodes:
+                    if not node.driver.supports_snapshots:
+                        raise UnsupportedError(f"Device '{node.name}' does not support snapshots")
+                    node.check_writable()
+                await to_its_end(self.act())
         finally:
             self.done = 1
 
+    @abstractmethod
     async def act(self) -> None:
-        """Do it, with nobody inside any of the disks."""
-        raise NotImplementedError
+        """The job's own part; nobody is inside."""
+
+    def check_cancelled(self) -> None:
+        """Raise CancelledError if the job was given up meanwhile."""
+        if self.cancelled:
+            raise CancelledError("Operation canceled")
 
     async def clean(self) -> None:
+        """Let go of the disks."""
         for root in self._roots:
             await root.close()
 
-    def found(self) -> list[tuple[Root, SnapshotInfo]]:
+    def found(self) -> list[tuple[Node, SnapshotInfo]]:
         """The disks that have the snapshot."""
-        pairs = [(root, snapshots.find(root.node, name=self.tag)) for root in self._roots]
-        return [(root, snapshot) for root, snapshot in pairs if snapshot is not None]
+        pairs = [(node, snapshots.find(node, name=self.tag)) for node in self.nodes]
+        return [(node, snapshot) for node, snapshot in pairs if snapshot is not None]
 
 
-class SnapshotSave(_SnapshotJob):
+class SnapshotSave(DiskSnapshots):
     """Take a snapshot of all disks."""
 
     TYPE = "snapshot-save"
@@ -69,10 +79,15 @@ class SnapshotSave(_SnapshotJob):
         """Take it."""
         if self.found():
             raise UsageError(f"Snapshot '{self.tag}' already exists in one or more devices")
-        await _on_all(self._roots, self.tag)
+        taken = await _on_all(self.nodes, self.tag)
+        try:
+            self.check_cancelled()
+        except BlockError:
+            await _drop(list(zip(self.nodes, taken, strict=True)))
+            raise
 
 
-class SnapshotLoad(_SnapshotJob):
+class SnapshotLoad(DiskSnapshots):
     """Go back to a snapshot of all disks."""
 
     TYPE = "snapshot-load"
@@ -80,49 +95,53 @@ class SnapshotLoad(_SnapshotJob):
     async def act(self) -> None:
         """Go back, by way of a snapshot of now."""
         found = self.found()
-        if len(found) < len(self._roots):
+        if len(found) < len(self.nodes):
             raise UsageError(f"Snapshot '{self.tag}' does not exist in one or more devices")
-        if len(found) == 1:
-            await snapshots.apply(*found[0])
-            return
-        before = await _on_all(self._roots, _BEFORE)
-        changed: list[int] = []
+        before = list(zip(self.nodes, await _on_all(self.nodes, _BEFORE), strict=True))
         try:
-            for index, (root, snapshot) in enumerate(found):
-                changed.append(index)
-                await snapshots.apply(root, snapshot)
-        except BaseException:
-            for index in changed:
-                await snapshots.apply(self._roots[index], before[index])
+            for node, snapshot in found:
+                await snapshots.restore(node, snapshot)
+            self.check_cancelled()
+        except BlockError as error:
+            try:
+                for node, previous in before:
+                    await snapshots.restore(node, previous)
+            except BlockError as second:
+                raise error.reworded(
+                    f"{error} (and '{node.name}' could not go back to its snapshot "
+                    f"'{_BEFORE}': {second})"
+                ) from second
+            await _drop(before)
             raise
-        finally:
-            for root, snapshot in zip(self._roots, before, strict=True):
-                await snapshots.delete(root, snapshot)
+        await _drop(before)
 
 
-class SnapshotDelete(_SnapshotJob):
+class SnapshotDelete(DiskSnapshots):
     """Delete a snapshot from the disks that have it."""
 
     TYPE = "snapshot-delete"
 
     async def act(self) -> None:
         """Delete it."""
-        for root, snapshot in self.found():
-            await snapshots.delete(root, snapshot)
+        for node, snapshot in self.found():
+            await snapshots.drop(node, snapshot)
 
 
-async def _on_all(roots: Sequence[Root], name: str) -> list[SnapshotInfo]:
+async def _on_all(nodes: Sequence[Node], name: str) -> list[SnapshotInfo]:
     """A snapshot of each disk, or of none."""
-    taken: list[SnapshotInfo] = []
-    try:
-        for root in roots:
-            taken.append(await snapshots.create(root, name))
-    except BaseException:
-        for root, snapshot in zip(roots, taken, strict=False):
+    taken: list[tuple[Node, SnapshotInfo]] = []
+    for node in nodes:
+        try:
+            taken.append((node, await snapshots.take(node, name)))
+        except BlockError as error:
             try:
-                await snapshots.delete(root, snapshot)
-            except BlockError:
-                # The failure that counts is the first; a snapshot too many harms nothing.
-                continue
-        raise
-    return taken
+                await _drop(taken)
+            except BlockError as second:
+                raise error.reworded(f"{error} (and taking it back: {second})") from second
+            raise
+    return [snapshot for _, snapshot in taken]
+
+
+async def _drop(taken: Sequence[tuple[Node, SnapshotInfo]]) -> None:
+    for node, snapshot in taken:
+        await snapshots.drop(node, snapshot)
