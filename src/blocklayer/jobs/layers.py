@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
 from typing import Any, Final, Literal
 
 from blocklayer.errors import BlockError
 from blocklayer.graph import resolve
 from blocklayer.graph.extent import Run
-from blocklayer.graph.root import Root
+from blocklayer.graph.root import Root, requests
 from blocklayer.jobs.background import RETRY_S
 from blocklayer.jobs.copying import CHUNK_SIZE
 from blocklayer.jobs.job import Job, OnError
@@ -78,9 +77,7 @@ class Sweep:
         found: tuple[int, int] | None = None
         while True:
             failure = None
-            async with self.job.step(), AsyncExitStack() as inside:
-                await inside.enter_async_context(self.copier.source.request())
-                await inside.enter_async_context(self.copier.target.request())
+            async with self.job.step(), requests(self.copier.source, self.copier.target):
                 found = found or await self._next()
                 if found is None:
                     return
