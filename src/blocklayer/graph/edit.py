@@ -75,7 +75,7 @@ class Change:
             return
         _check_thawed(edge)
         if edge.parent is not None and reaches(node, edge.parent):
-            raise UsageError(f"Making '{node.name}' a child of '{edge.parent.name}' makes a cycle")
+            raise _cycle(node, edge.name, edge.parent)
         place = old.parents.index(edge)
         del old.parents[place]
         node.parents.append(edge)
@@ -92,7 +92,7 @@ class Change:
         """Make ``node`` the child ``name`` of ``parent``, which has none of that name."""
         assert name not in parent.children
         if reaches(node, parent):
-            raise UsageError(f"Making '{node.name}' a child of '{parent.name}' makes a cycle")
+            raise _cycle(node, name, parent)
         edge = Child(name, parent, node, role)
         node.parents.append(edge)
         parent.children[name] = edge
@@ -145,6 +145,12 @@ class Change:
             node.mapping_changed()
 
 
+def _cycle(node: Node, name: str, parent: Node) -> UsageError:
+    return UsageError(
+        f"Making '{node.name}' a {name} child of '{parent.name}' would create a cycle"
+    )
+
+
 def _check_thawed(edge: Child) -> None:
     if edge.frozen:
         user = f" from '{edge.parent.name}'" if edge.parent is not None else ""
@@ -177,7 +183,7 @@ def append(base: Node, overlay: Node) -> Change:
         raise UsageError("The overlay already has a backing image")
     if not overlay.driver.supports_backing:
         raise UsageError("The overlay does not support backing images")
-    if overlay.parents:
+    if any(edge.follows for edge in overlay.parents):
         raise UsageError("The overlay is already in use")
     with Change() as change:
         change.attach(overlay, "backing", base, Role.BACKING)

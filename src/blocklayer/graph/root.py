@@ -4,7 +4,8 @@ A root is what a device, an export, a job or a library user holds. It is an edge
 node, and can be pointed at another node while it stays in use (snapshot, pivot).
 
 1. A request is counted from entry to end: in the graph's epochs, and in ``in_flight`` for draining.
-2. While drained, new requests wait at the door; those inside end undisturbed.
+2. While drained, new requests wait at the door; those inside end undisturbed. So whoever is inside
+   one root must not wait at another's door: ``requests`` enters several at once.
 3. With ``write_through`` a write has reached stable storage when it returns.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from blocklayer.errors import LockedError
@@ -153,9 +154,8 @@ class Root(Child):
 
     async def enter(self) -> int:
         """A request comes in; waits while the root is drained."""
-        while self._quiesced:
-            assert self._open is not None
-            await self._open.wait()
+        while await self.opened():
+            pass
         self.in_flight += 1
         return self.graph.epochs.enter()
 
@@ -166,11 +166,22 @@ class Root(Child):
         if self._idle is not None and not self.in_flight:
             self._idle.set()
 
-    async def quiesce(self) -> None:
-        """Let no new request in, and wait for those inside. Nests with ``resume``."""
+    async def opened(self) -> bool:
+        """Wait while the root is drained; whether that was the case."""
+        if not self._quiesced:
+            return False
+        assert self._open is not None
+        await self._open.wait()
+        return True
+
+    def quiesce(self) -> None:
+        """Let no new request in. Nests with ``resume``."""
         self._quiesced += 1
         if self._open is None or self._open.is_set():
             self._open = asyncio.Event()
+
+    async def idle(self) -> None:
+        """Wait for the requests inside; ``quiesce`` comes first."""
         if self.in_flight:
             if self._idle is None or self._idle.is_set():
                 self._idle = asyncio.Event()
@@ -203,6 +214,17 @@ class _Request:
 
 
 @asynccontextmanager
+async def requests(*roots: Root) -> AsyncIterator[None]:
+    """One request inside all of ``roots``: waits for all doors, then enters without waiting."""
+    while any([await root.opened() for root in roots]):
+        pass
+    async with AsyncExitStack() as inside:
+        for root in roots:
+            await inside.enter_async_context(root.request())
+        yield
+
+
+@asynccontextmanager
 async def drained(graph: Graph, *nodes: Node) -> AsyncIterator[None]:
     """No request is in flight through ``nodes`` (all, if none is given), and none comes in.
 
@@ -211,9 +233,12 @@ async def drained(graph: Graph, *nodes: Node) -> AsyncIterator[None]:
     affected = _roots_above(graph, nodes) if nodes else list(graph.roots)
     stopped: list[Root] = []
     try:
+        # All doors first: what is still inside ends side by side.
         for root in affected:
+            root.quiesce()
             stopped.append(root)
-            await root.quiesce()
+        for root in affected:
+            await root.idle()
         yield
     finally:
         for root in stopped:

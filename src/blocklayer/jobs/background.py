@@ -9,13 +9,13 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
 from typing import Final, Literal
 
 import msgspec
 
 from blocklayer.errors import BlockError
 from blocklayer.graph.dirty_bitmap import DirtyBitmap
+from blocklayer.graph.root import requests
 from blocklayer.jobs.copying import CHUNK_SIZE
 from blocklayer.jobs.job import Job, OnError
 from blocklayer.jobs.ranges import RangeCopier, ReadError
@@ -66,9 +66,7 @@ class Background:
 
     async def _work(self) -> None:
         while self.todo.count:
-            async with self.job.step(), AsyncExitStack() as inside:
-                await inside.enter_async_context(self.ranges.source.request())
-                await inside.enter_async_context(self.ranges.target.request())
+            async with self.job.step(), requests(self.ranges.source, self.ranges.target):
                 found = self._next()
                 if found is None:
                     # The others are at the rest of it.

@@ -140,6 +140,11 @@ class StoredBitmaps:
             bitmap.read_only = node.flags.read_only
             node_bitmaps.attach(bitmap)
 
+    def become_read_only(self) -> None:
+        """They are stored; nothing is written any more."""
+        for bitmap in self._image.node.dirty_bitmaps.values():
+            bitmap.read_only = bitmap.persistent
+
     async def become_writer(self) -> None:
         """Read all bits, and note in the file that they will change."""
         if not self.entries:
