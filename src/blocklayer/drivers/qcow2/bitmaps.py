@@ -245,6 +245,8 @@ class StoredBitmaps:
         """The file is to hold what memory holds, none of it in use. All else is on file already."""
         kept = [b for b in self._image.node.dirty_bitmaps.values() if b.persistent]
         if not kept:
+            if self.entries:
+                await self._switch([], [])
             return
         # The original tool puts the newest of the new ones first; a copy of all keeps their order.
         kept.reverse()
