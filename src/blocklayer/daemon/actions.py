@@ -88,33 +88,31 @@ class Action(ABC):
 
 async def carry_out(daemon: Daemon, actions: Sequence[Action]) -> None:
     """All of ``actions``, or none of them. Raises what the first that failed raised."""
+    begun: list[Action] = []
     try:
-        await _take_effect(daemon, actions)
+        await _take_effect(daemon, actions, begun)
     except BaseException as error:
-        _add(error, await _finish(actions))
+        _add(error, await _each(action.abort for action in reversed(begun)))
+        _add(error, await _finish(begun))
         raise
-    failures = await _finish(actions)
+    failures = await _finish(begun)
     if failures:
         raise failures[0]
 
 
-async def _finish(actions: Sequence[Action]) -> list[BlockError]:
-    failures = await _each(action.clean for action in actions)
-    return failures + await _each(action.unpin for action in actions)
+async def _take_effect(daemon: Daemon, actions: Sequence[Action], begun: list[Action]) -> None:
+    """``begun`` is told of every action that was begun, also of the one that fails."""
+    for action in actions:
+        begun.append(action)
+        await action.prepare()
+    nodes = [node for action in actions for node in action.nodes]
+    async with _alone(daemon, nodes):
+        await _change(actions)
 
 
-async def _take_effect(daemon: Daemon, actions: Sequence[Action]) -> None:
-    prepared: list[Action] = []
-    try:
-        for action in actions:
-            prepared.append(action)
-            await action.prepare()
-        nodes = [node for action in actions for node in action.nodes]
-        async with _alone(daemon, nodes):
-            await _change(actions)
-    except BaseException as error:
-        _add(error, await _each(action.abort for action in reversed(prepared)))
-        raise
+async def _finish(begun: Sequence[Action]) -> list[BlockError]:
+    failures = await _each(action.clean for action in begun)
+    return failures + await _each(action.unpin for action in begun)
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""Snapshots of disks in use: an overlay takes the place of a node, or a qcow2 image keeps its state.
+"""Snapshots of disks in use: an overlay takes a node's place, or a qcow2 image keeps its state.
 
 1. The overlay is made and open before anybody has to wait. While nobody is inside, the base is
    flushed, so that no later flush need reach below the overlay, and users move: no more than that.
@@ -23,7 +23,7 @@ from blocklayer.errors import BlockError, LockedError, StorageError, Unsupported
 from blocklayer.graph import create, edit, io, reopen, snapshots
 from blocklayer.graph.child import Role
 from blocklayer.graph.driver import SnapshotInfo
-from blocklayer.graph.filename import image_options, resolve_relative, scheme_of, storage_of
+from blocklayer.graph.filename import image_options, resolve_relative, scheme_of
 from blocklayer.graph.node import Flags, Node
 from blocklayer.graph.open import open_options
 
@@ -35,7 +35,7 @@ class BlockdevSnapshot(actions.Options):
     overlay: str
 
 
-class BlockdevSnapshotSync(actions.Options):
+class BlockdevSnapshotSync(actions.Options, kw_only=True):
     """The overlay is made, or (``existing``) opened, by the name of its file."""
 
     device: str | UnsetType = UNSET
@@ -116,9 +116,9 @@ class _External(Action):
                 await reopen.retire(self.base)
 
 
-async def _flush(base: Node) -> None:
-    if not base.read_only and base.poisoned is None:
-        await io.flush(base)
+async def _flush(node: Node) -> None:
+    if not node.read_only:
+        await io.flush(node)
 
 
 class External(_External):
@@ -133,6 +133,9 @@ class External(_External):
         self.base = self.pin(self.daemon.find(self.options.node))
         self.overlay = self.pin(self.daemon.find(self.options.overlay))
         self.nodes = [self.base, self.overlay]
+        check_base(self.base)
+        check_overlay(self.overlay)
+        await _flush(self.overlay)
         await _flush(self.base)
 
 
@@ -168,6 +171,8 @@ class Sync(_External):
         self._opened = self.overlay = await open_options(graph, wanted, flags)
         self.pin(self.overlay)
         check_overlay(self.overlay)
+        # A new file's header is durable before a guest's flush may rely on it.
+        await _flush(self.overlay)
 
     def _new_name(self) -> str | None:
         options = self.options
@@ -181,6 +186,8 @@ class Sync(_External):
 
     async def _create(self) -> None:
         graph, options = self.daemon.graph, self.options
+        if options.format not in graph.registry.table:
+            raise UsageError(f"Unknown file format '{options.format}'")
         layer = self.base.chain()[0]
         backing = _seen_from(options.snapshot_file, layer)
         decoded, below = await create.prepare(

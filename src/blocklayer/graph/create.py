@@ -197,6 +197,7 @@ async def _write_format(
 
 
 def remove(filename: str) -> None:
+    """Take back a file that was made, as far as that is possible."""
     try:
         os.unlink(filename.removeprefix("file:"))
     except OSError:

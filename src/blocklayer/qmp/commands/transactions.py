@@ -38,7 +38,7 @@ class Transaction(Arguments):
     """The actions, in their order."""
 
     actions: list[Annotated[dict[str, Any], _ACTION]]
-    properties: TransactionProperties = TransactionProperties()
+    properties: TransactionProperties = msgspec.field(default_factory=TransactionProperties)
 
 
 @COMMANDS.command("transaction")
