@@ -30,7 +30,11 @@ def command(name: str, /, **arguments: Any) -> dict[str, Any]:
 
 def sync(node: str, file: str, name: str, **more: Any) -> dict[str, Any]:
     return command(
-        "blockdev-snapshot-sync", node_name=node, snapshot_file=file, snapshot_node_name=name, **more
+        "blockdev-snapshot-sync",
+        node_name=node,
+        snapshot_file=file,
+        snapshot_node_name=name,
+        **more,
     )
 
 
@@ -211,7 +215,9 @@ async def our_daemon(folder: Path) -> Any:
         for each in definitions(folder):
             await nodes.add(daemon, each)
         roots = [
-            Root(daemon.find(name), f"user of {name}", Permission.CONSISTENT_READ | Permission.WRITE)
+            Root(
+                daemon.find(name), f"user of {name}", Permission.CONSISTENT_READ | Permission.WRITE
+            )
             for name in USERS
         ]
         yield daemon

@@ -42,13 +42,14 @@ async def reopen(wanted: Sequence[Reopen], *, settled: Collection[Node] = ()) ->
     The drivers of nodes in ``settled`` need not be closed and opened for that (``Driver.retire``).
     """
     before = [Reopen(each.node, each.node.flags, each.node.options) for each in wanted]
-    formats = {each.node for each in wanted if not isinstance(each.node.driver, ProtocolDriver)}
-    is_open = set(formats)
+    storage = {each.node for each in wanted if isinstance(each.node.driver, ProtocolDriver)}
+    formats = {each.node for each in wanted} - storage
+    is_open, old_storage = set(formats), set(storage)
     try:
-        await _carry_out(wanted, is_open, settled)
+        await _carry_out(wanted, is_open, old_storage, settled)
     except BaseException:
         try:
-            await _carry_out(before, is_open)
+            await _carry_out(before, is_open, storage - old_storage)
         except BlockError as error:
             for each in before:
                 each.node.poison(f"it could not be reopened as it was ({error})")
@@ -89,9 +90,14 @@ def _with_storage(node: Node, read_only: bool) -> Iterator[Reopen]:
 
 
 async def _carry_out(
-    wanted: Sequence[Reopen], is_open: set[Node], settled: Collection[Node] = ()
+    wanted: Sequence[Reopen],
+    is_open: set[Node],
+    to_replace: set[Node],
+    settled: Collection[Node] = (),
 ) -> None:
-    """``is_open`` says which of the formats' drivers are; it is kept up to date."""
+    """``is_open`` says which of the formats' drivers are, ``to_replace`` which storage is to be
+    opened anew; both are kept up to date.
+    """
     ordered = _parents_first(wanted)
     for each in ordered:
         if each.node in is_open and each.node not in settled:
@@ -100,8 +106,9 @@ async def _carry_out(
     for each in ordered:
         each.node.flags, each.node.options = each.flags, each.options
     for each in reversed(ordered):
-        if isinstance(each.node.driver, ProtocolDriver):
+        if each.node in to_replace:
             await _replace_storage(each.node)
+            to_replace.discard(each.node)
     permission.refresh(*(each.node for each in ordered))
     for each in reversed(ordered):
         if not isinstance(each.node.driver, ProtocolDriver) and each.node not in is_open:
