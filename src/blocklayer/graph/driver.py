@@ -139,6 +139,12 @@ class Driver:
     async def close(self) -> None:
         """Write back what is cached; the graph detaches the children afterwards."""
 
+    async def retire(self) -> bool:
+        """Nobody writes any more, and the node is about to be read-only: write back what ``close``
+        would. False if it has to be closed and opened anew for that; True if it can go on as it is.
+        """
+        return False
+
     @property
     def size(self) -> int:
         """Bytes the node shows."""

@@ -183,7 +183,7 @@ def append(base: Node, overlay: Node) -> Change:
         raise UsageError("The overlay already has a backing image")
     if not overlay.driver.supports_backing:
         raise UsageError("The overlay does not support backing images")
-    if overlay.parents:
+    if any(edge.follows for edge in overlay.parents):
         raise UsageError("The overlay is already in use")
     with Change() as change:
         change.attach(overlay, "backing", base, Role.BACKING)

@@ -202,13 +202,23 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
             self._clean_timer.cancel()
             self._clean_timer = None
         if self.image.writable:
-            async with self.image.lock:
-                await flushing.write_all(self.image)
-                if not self.node.flags.repair and not self.image.stays_dirty:
-                    await self.image.set_dirty(False)
-                await self.stored_bitmaps.store()
+            await self._store_all()
         if self.encryption is not None:
             self.encryption.close()
+
+    async def _store_all(self) -> None:
+        async with self.image.lock:
+            await flushing.write_all(self.image)
+            if not self.node.flags.repair and not self.image.stays_dirty:
+                await self.image.set_dirty(False)
+            await self.stored_bitmaps.store()
+
+    async def retire(self) -> bool:
+        """What memory has stays good for reading."""
+        if self.image.writable:
+            await self._store_all()
+        self.stored_bitmaps.become_read_only()
+        return True
 
     def _schedule_cleaning(self) -> None:
         interval_s = self.image.settings.clean_interval_s
