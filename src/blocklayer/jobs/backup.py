@@ -183,7 +183,17 @@ class Backup(Job):
     async def clean(self) -> None:
         """Take the filter out and let go of both nodes."""
         async with edit.changing(self.graph):
-            edit.drop_filter(self.filter_node)
+            await self._give_back()
+
+    async def withdraw(self) -> None:
+        """Undo ``place_backup``: as if it had never been, within the same ``edit.changing``."""
+        if self.options.bitmap is not None:
+            self.options.bitmap.reclaim()
+        await self._give_back()
+        self.group.withdraw(self)
+
+    async def _give_back(self) -> None:
+        edit.drop_filter(self.filter_node)
         self.target.node.busy = None
         self._ranges.close()
         await self.graph.release(self.filter_node)

@@ -201,7 +201,7 @@ async def place_backup(
 ) -> Backup:
     """What ``start_backup`` does inside ``edit.changing``: for several at one moment.
 
-    The bitmap is loaded. Undone by ``Group.discard`` once the section is left.
+    The bitmap is loaded. Undone by ``Backup.withdraw`` inside, or ``Group.discard`` outside.
     """
     check_backup(node, target, options)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blocklayer.qmp.commands import chardev, descriptors, human, nodes, objects, protocol
+from blocklayer.qmp.commands import backups, chardev, descriptors, human, nodes, objects, protocol
 from blocklayer.qmp.commands.table import COMMANDS
 
-__all__ = ["COMMANDS", "chardev", "descriptors", "human", "nodes", "objects", "protocol"]
+__all__ = ["COMMANDS", "backups", "chardev", "descriptors", "human", "nodes", "objects", "protocol"]
