@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import socket
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +20,7 @@ from blocklayer.graph import bitmaps
 from blocklayer.graph.events import Event
 from blocklayer.qmp.commands import COMMANDS
 from blocklayer.qmp.errors import describe
-from oracles import HANG_TIMEOUT_S, Oracle
-from qmp.conversation import real_daemon
+from oracles import HANG_TIMEOUT_S, Oracle, require
 
 SIZE = "4M"
 NODES = ("a", "b", "t", "t2", "small", "raw")
@@ -116,33 +116,68 @@ DONE: list[list[Step]] = [
 ]
 
 
+Goal = tuple[str, int]
+
+
+def goal_of(steps: list[Step], position: int) -> Goal:
+    """The event, and how many of it, that a step of a conversation ends with."""
+    following = steps[position + 1][0] if position + 1 < len(steps) else ""
+    if following == "job-cancel":
+        return "running", 2
+    if following == "job-finalize":
+        return "BLOCK_JOB_PENDING", 1
+    return ("concluded" if steps[position][0] == "job-finalize" else "null"), 1
+
+
+def met(goal: Goal, events: list[Any]) -> bool:
+    names = [event["data"].get("status", event["event"]) for event in events]
+    return names.count(goal[0]) >= goal[1]
+
+
 class Real:
     """The real daemon; the job's events are read until it is over."""
 
-    def __init__(self, path: Path) -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(HANG_TIMEOUT_S)
-        self.socket.connect(str(path))
-        self.file = self.socket.makefile("rwb")
-        self.file.readline()
+    def __init__(self) -> None:
+        # By pipes, in this folder: with --daemonize it would go to another.
+        self.process = subprocess.Popen(
+            [
+                require("qemu-storage-daemon").path,
+                *("--chardev", "stdio,id=m,signal=off", "--monitor", "chardev=m"),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         self.events: list[Any] = []
+        self._read()
         self.ask("qmp_capabilities", {})
+
+    def close(self) -> None:
+        with self.process:
+            self.process.kill()
+
+    def _read(self) -> Any:
+        assert self.process.stdout is not None
+        while not (line := self.process.stdout.readline()).startswith(b"{"):
+            # Images that are made are told of among the messages.
+            assert line.startswith(b"Formatting"), line
+        return json.loads(line)
 
     def ask(self, name: str, arguments: Arguments) -> Any:
         message = {"execute": name, "arguments": arguments}
-        self.file.write(json.dumps(message).encode())
-        self.file.flush()
-        while "event" in (reply := json.loads(self.file.readline())):
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(message).encode())
+        self.process.stdin.flush()
+        while "event" in (reply := self._read()):
             self._heard(reply)
         return reply
 
     def _heard(self, reply: Any) -> None:
         self.events.append({"event": reply["event"], "data": reply["data"]})
 
-    def until(self, *statuses: str) -> list[Any]:
-        """The events so far, once the job has one of ``statuses``."""
-        while not any(event["data"].get("status") in statuses for event in self.events):
-            self._heard(json.loads(self.file.readline()))
+    def until(self, goal: Goal) -> list[Any]:
+        """The events so far, once ``goal`` is met."""
+        while not met(goal, self.events):
+            self._heard(self._read())
         heard, self.events = self.events, []
         return heard
 
@@ -177,9 +212,9 @@ class Ours:
         except BlockError as error:
             return {"error": describe(error)}
 
-    async def until(self, *statuses: str) -> list[Any]:
+    async def until(self, goal: Goal) -> list[Any]:
         async with asyncio.timeout(HANG_TIMEOUT_S):
-            while not any(event["data"].get("status") in statuses for event in self.events):
+            while not met(goal, self.events):
                 await asyncio.sleep(0.001)
         heard, self.events = self.events, []
         return heard
@@ -205,36 +240,49 @@ def blockdev(name: str) -> Arguments:
     return {"driver": format, "node-name": name, "file": file}
 
 
-async def conversation(steps: list[Step], statuses: tuple[str, ...]) -> list[Any]:
-    """The replies to ``steps`` in our daemon, and the events after each that has a job."""
-    said: list[Any] = []
+async def conversation(steps: list[Step]) -> tuple[list[Any], list[Any]]:
+    """What our daemon answers to ``steps``, and the events of the jobs."""
+    replies, events = [], []
     async with Daemon() as daemon:
         ours = Ours(daemon)
         for name in NODES:
             await nodes.add(daemon, blockdev(name))
         bitmaps.add(daemon.find("a"), "x")
         for position, (name, arguments) in enumerate(steps):
-            said.append(await ours.ask(name, arguments))
-            if "error" in said[-1]:
-                continue
-            last = position + 1 == len(steps) or steps[position + 1][0].endswith("backup")
-            said.append(await ours.until(*(("null", "concluded") if last else statuses)))
-    return said
+            replies.append(await ours.ask(name, arguments))
+            if "return" in replies[-1]:
+                events += await ours.until(goal_of(steps, position))
+    return replies, events
 
 
-def real_conversation(path: Path, steps: list[Step], statuses: tuple[str, ...]) -> list[Any]:
-    said: list[Any] = []
-    with real_daemon(path):
-        real = Real(path)
+def real_conversation(steps: list[Step]) -> tuple[list[Any], list[Any]]:
+    """The same with the real daemon."""
+    replies, events = [], []
+    with contextlib.closing(Real()) as real:
         for name in NODES:
             assert real.ask("blockdev-add", blockdev(name)) == {"return": {}}
         real.ask("block-dirty-bitmap-add", {"node": "a", "name": "x"})
         for position, (name, arguments) in enumerate(steps):
-            said.append(real.ask(name, arguments))
-            if "error" in said[-1]:
-                continue
-            last = position + 1 == len(steps) or steps[position + 1][0].endswith("backup")
-            said.append(real.until(*(("null", "concluded") if last else statuses)))
+            replies.append(real.ask(name, arguments))
+            if "return" in replies[-1]:
+                events += real.until(goal_of(steps, position))
+        real.ask("quit", {})
+        real.process.wait(HANG_TIMEOUT_S)
+    return replies, events
+
+
+def both(
+    folder: Path, qemu_img: Oracle, qemu_io: Oracle, monkeypatch: pytest.MonkeyPatch,
+    steps: list[Step],
+) -> list[tuple[list[Any], list[Any]]]:  # fmt: skip
+    """The real one's conversation in one folder, and ours in another."""
+    said = []
+    for name in ("real", "ours"):
+        images(folder / name, qemu_img, qemu_io)
+        monkeypatch.chdir(folder / name)
+        said.append(
+            real_conversation(steps) if name == "real" else asyncio.run(conversation(steps))
+        )
     return said
 
 
@@ -242,55 +290,28 @@ def real_conversation(path: Path, steps: list[Step], statuses: tuple[str, ...]) 
 def test_refusals_are_those_of_the_real_one(
     tmp_path: Path, qemu_img: Oracle, qemu_io: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replies = []
-    for name in ("real", "ours"):
-        images(tmp_path / name, qemu_img, qemu_io)
-        monkeypatch.chdir(tmp_path / name)
-        if name == "real":
-            replies.append(real_conversation(tmp_path / "q.sock", REFUSED, ()))
-        else:
-            replies.append(asyncio.run(conversation(REFUSED, ())))
-    for step, theirs, ours in zip(REFUSED, *replies, strict=True):
-        # Beside the job that is refused, the real one makes and drops it.
-        assert ours == theirs, step
+    (theirs, _), (ours, _) = both(tmp_path, qemu_img, qemu_io, monkeypatch, REFUSED)
+    assert list(zip(REFUSED, ours, strict=True)) == list(zip(REFUSED, theirs, strict=True))
 
 
 @pytest.mark.oracle("qemu-storage-daemon")
-@pytest.mark.parametrize("steps", DONE, ids=lambda steps: f"{steps[0][0]}-{len(steps[0][1])}")
+@pytest.mark.parametrize("number", range(len(DONE)))
 def test_jobs_and_images_are_those_of_the_real_one(
-    tmp_path: Path,
-    qemu_img: Oracle,
-    qemu_io: Oracle,
-    monkeypatch: pytest.MonkeyPatch,
-    steps: list[Step],
+    tmp_path: Path, qemu_img: Oracle, qemu_io: Oracle, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    second = steps[-1][0]
-    statuses = ("pending",) if second == "job-finalize" else ("running",)
-    said = []
-    for name in ("real", "ours"):
-        images(tmp_path / name, qemu_img, qemu_io)
-        monkeypatch.chdir(tmp_path / name)
-        if name == "real":
-            said.append(real_conversation(tmp_path / "q.sock", steps, statuses))
-        else:
-            said.append(asyncio.run(conversation(steps, statuses)))
-    theirs, ours = ([_masked(part) for part in one] for one in said)
-    assert sum(ours, []) == sum(theirs, [])
+    steps = DONE[number]
+    theirs, ours = both(tmp_path, qemu_img, qemu_io, monkeypatch, steps)
+    assert ours == theirs
     target = steps[0][1]["target"]
     target = target if "." in target else f"{target}.qcow2"
     infos = []
     for name in ("real", "ours"):
         monkeypatch.chdir(tmp_path / name)
         info = qemu_img.json("info", "--output=json", target)
-        infos.append(
-            {key: value for key, value in info.items() if key.endswith(("name", "format"))}
-        )
-        if "backing-filename" not in info:
-            qemu_img("compare", "a.qcow2" if "none" not in str(steps) else target, target)
+        names = ("filename", "format", "backing-filename", "backing-filename-format")
+        infos.append({key: info.get(key) for key in names})
         if target.endswith("qcow2"):
             qemu_img("check", target)
     assert infos[0] == infos[1]
-
-
-def _masked(part: Any) -> list[Any]:
-    return [part] if isinstance(part, dict) else list(part)
+    monkeypatch.chdir(tmp_path)
+    qemu_img("compare", f"real/{target}", f"ours/{target}")

@@ -26,7 +26,7 @@ from blocklayer.jobs.background import Policies
 from blocklayer.jobs.backup import Backup, BackupOptions, BitmapMode, SyncMode
 from blocklayer.jobs.group import Group
 from blocklayer.jobs.job import OnError
-from blocklayer.jobs.starting import place_backup
+from blocklayer.jobs.starting import check_backup, place_backup
 
 _MAX_WORKERS: Final = (1 << 31) - 1
 
@@ -102,6 +102,7 @@ class Prepared:
     async def place(self, group: Group) -> Backup:
         """Enter the job in ``group``. The moment is now."""
         arguments = self._arguments
+        check_backup(self.node, self.target, self._options)
         identifier = arguments.job_id
         if identifier is None:
             # Nodes lend their names to no job; devices do.
