@@ -36,6 +36,8 @@ DRIVERS: Final = {
     "mirror_top": Entry(f"{_HERE}.job_filters:MirrorTopDriver", internal=True),
     "commit_top": Entry(f"{_HERE}.job_filters:CommitTopDriver", internal=True),
     "copy-on-read": Entry(f"{_HERE}.copy_on_read:CopyOnReadDriver"),
+    "copy-before-write": Entry(f"{_HERE}.copy_before_write:CopyBeforeWriteDriver"),
+    "snapshot-access": Entry(f"{_HERE}.snapshot_access:SnapshotAccessDriver", protocol=True),
 }
 
 REGISTRY: Final = Registry(DRIVERS)

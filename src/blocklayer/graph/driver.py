@@ -165,6 +165,15 @@ class Driver:
     async def flush(self) -> None:
         """When it returns, all that was acknowledged before is on stable storage (R3)."""
 
+    def begin_drain(self) -> None:
+        """Somebody waits for the requests in flight to end: hold none back. Nests."""
+
+    def end_drain(self) -> None:
+        """Undo one ``begin_drain``."""
+
+    async def settle(self) -> None:
+        """Wait until nothing is going on that outlived the request it was begun for; drained."""
+
     async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
         """Make the range read as zeros without writing it; ``unmap`` allows freeing the space.
 

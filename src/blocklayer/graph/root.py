@@ -230,26 +230,48 @@ async def drained(graph: Graph, *nodes: Node) -> AsyncIterator[None]:
 
     Graph changes happen inside. Requests that come meanwhile wait and go on afterwards.
     """
-    affected = _roots_above(graph, nodes) if nodes else list(graph.roots)
+    above = _above(nodes or tuple(graph.nodes.values()))
+    drivers = [node.driver for node in above]
     stopped: list[Root] = []
+    for driver in drivers:
+        driver.begin_drain()
     try:
+        affected = [root for root in graph.roots if root.node in above]
         # All doors first: what is still inside ends side by side.
         for root in affected:
             root.quiesce()
             stopped.append(root)
         for root in affected:
             await root.idle()
+        for driver in drivers:
+            await driver.settle()
         yield
     finally:
+        for driver in drivers:
+            driver.end_drain()
         for root in stopped:
             root.resume()
 
 
-def _roots_above(graph: Graph, nodes: tuple[Node, ...]) -> list[Root]:
-    above, pending = set(), list(nodes)
+async def passed_through(node: Node, apart_from: Node) -> None:
+    """Wait until those who read ``node`` at this moment, not by way of ``apart_from``, are done."""
+    concerned = _above((node,)) - _above((apart_from,))
+    for root in list(node.graph.roots):
+        if root.in_flight and root.node in concerned and root.taken & Permission.CONSISTENT_READ:
+            root.quiesce()
+            try:
+                await root.idle()
+            finally:
+                root.resume()
+
+
+def _above(nodes: tuple[Node, ...]) -> set[Node]:
+    """``nodes`` and all that use them."""
+    above: set[Node] = set()
+    pending = list(nodes)
     while pending:
         node = pending.pop()
         if node not in above:
             above.add(node)
             pending += [edge.parent for edge in node.parents if edge.parent is not None]
-    return [root for root in graph.roots if root.node in above]
+    return above

@@ -36,12 +36,19 @@ class Background:
     """Copies what is dirty in ``todo``, for ``job``."""
 
     def __init__(
-        self, job: Job, ranges: RangeCopier, todo: DirtyBitmap, policies: Policies
+        self,
+        job: Job,
+        ranges: RangeCopier,
+        todo: DirtyBitmap,
+        policies: Policies,
+        *,
+        max_chunk: int = CHUNK_SIZE,
     ) -> None:
         self.job = job
         self.ranges = ranges
         self.todo = todo
         self.policies = policies
+        self.max_chunk = max_chunk
         self._cursor = 0
         self._in_flight = 0
 
@@ -54,6 +61,9 @@ class Background:
         """Copy until nothing is dirty. Guests may write on: then it takes until they pause."""
         while self.todo.count:
             await crew(self.ranges.workers, self._work)
+            if self.todo.count:
+                # What is left is in somebody else's hands.
+                await self.ranges.until_others_end()
 
     async def finish(self) -> None:
         """Copy the rest, with both ends drained."""
@@ -85,7 +95,7 @@ class Background:
 
     def _chunk_size(self, offset: int) -> int:
         """How much to take at once: up to a whole number of chunks, so that units stay whole."""
-        size = self.job.pace.portion(CHUNK_SIZE)
+        size = self.job.pace.portion(self.max_chunk)
         return max(size, self.todo.granularity) - offset % self.todo.granularity
 
     async def _try(self, offset: int, length: int) -> BlockError | None:

@@ -96,12 +96,17 @@ class Group:
 
     async def discard(self) -> None:
         """The jobs do not come to begin: give back what they hold."""
-        for job in self.jobs:
+        for job in list(self.jobs):
             await _quietly(job.abort, job)
             await _quietly(job.clean, job)
-            job.move(Status.NULL)
-            self.jobs_of_all.remove(job)
-            job.ended.set()
+            self.withdraw(job)
+
+    def withdraw(self, job: Job) -> None:
+        """``job``, which has given back what it held, does not come to begin."""
+        self.jobs.remove(job)
+        job.move(Status.NULL)
+        self.jobs_of_all.remove(job)
+        job.ended.set()
 
     async def _live(self, job: Job) -> None:
         await job.work()

@@ -5,7 +5,8 @@ For jobs that work beside a guest: what is to be copied is found out as they go.
 1. Within one ``claim`` nobody else copies, or writes through the job, any byte of the range.
 2. ``copy`` enters no request: its caller is inside one of the source and one of the target, or has
    drained both.
-3. Zeros take no space in a target that reads as zeros there already.
+3. Zeros take no space in a target that reads as zeros there already, by itself or from a backing
+   file other than the source.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from blocklayer.errors import BlockError
-from blocklayer.graph import resolve
+from blocklayer.graph import edit, resolve
 from blocklayer.graph.driver import FormatDriver
 from blocklayer.graph.request import Claim, Claims
 from blocklayer.graph.root import Root
@@ -47,15 +48,17 @@ class RangeCopier:
         workers: int = DEFAULT_WORKERS,
         zeros_known: bool = False,
         look_for_zeros: bool = True,
+        claims: Claims | None = None,
     ) -> None:
         self.source = source
         self.target = target
-        self.claims = Claims()
+        self.claims = claims or Claims()
         self.workers = workers
         self._zeros_known = zeros_known
-        self._look_for_zeros = look_for_zeros
         driver = target.node.driver
         self.unit = driver.allocation_unit if isinstance(driver, FormatDriver) else 1
+        # What shows through from the source reads as zeros only as long as the source does.
+        self._look_for_zeros = look_for_zeros and not edit.reaches(target.node, source.node)
         self._loaders = Threads(workers)
         self._filler = Filler(
             Reader(),
@@ -81,6 +84,11 @@ class RangeCopier:
         """Whether nobody holds any part of the range."""
         end = offset + length
         return not any(held.start < end and held.end > offset for held in self.claims.held)
+
+    async def until_others_end(self) -> None:
+        """Wait until the oldest claim that somebody holds is given back."""
+        if self.claims.held:
+            await self.claims.held[0].gone()
 
     async def copy(self, offset: int, length: int) -> None:
         """Copy the range, which is claimed. Raises ReadError or WriteError."""
