@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import BlockError, UsageError
@@ -23,6 +24,10 @@ from blocklayer.graph.node import Node
 from blocklayer.graph.registry import Registry
 from blocklayer.jobs.group import Jobs
 
+if TYPE_CHECKING:
+    from blocklayer.exports.export import Export
+    from blocklayer.exports.nbd.server import NbdServer
+
 
 class Daemon:
     """A live block layer. Use it on one event loop only."""
@@ -30,6 +35,10 @@ class Daemon:
     def __init__(self, *, policy: Policy | None = None, registry: Registry = REGISTRY) -> None:
         self.graph = Graph(registry, policy)
         self.jobs = Jobs()
+        self.exports: dict[str, Export] = {}
+        """By id, the oldest first; ``daemon.exports`` adds and removes them."""
+        self.nbd_servers: dict[str, NbdServer] = {}
+        """By name; the one that QMP knows has the name ""."""
         self.front_ends: list[Callable[[], Awaitable[None]]] = []
         """What ends each kind of front end (devices, servers, exports), the first to end last."""
 

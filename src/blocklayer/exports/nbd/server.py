@@ -47,6 +47,7 @@ class NbdServer:
         authorise: Callable[[str], bool] | None = None,
         report: Callable[[str], None] = lambda message: None,
         on_change: Callable[[], None] = lambda: None,
+        on_stop: Callable[[], None] = lambda: None,
     ) -> None:
         self._listeners = list(listeners)
         self._accepting = False
@@ -58,6 +59,8 @@ class NbdServer:
         """Told of clients that were sent away, and why."""
         self._on_change = on_change
         """Told when a client has come to an export, or left."""
+        self._on_stop = on_stop
+        self._removals: set[asyncio.Task[None]] = set()
         self.exports: dict[str, NbdExport] = {}
         self.connections: set[Connection] = set()
         self.served_any = False
@@ -75,10 +78,18 @@ class NbdServer:
 
     async def remove(self, export: NbdExport, *, hard: bool = False) -> None:
         """Offer it no more. Raises LockedError if it has clients, unless ``hard``."""
+        await self.begin_removal(export, hard=hard)
+
+    def begin_removal(self, export: NbdExport, *, hard: bool = False) -> asyncio.Task[None]:
+        """As ``remove``, but what takes time is left to the task."""
         if export.clients and not hard:
             raise LockedError(f"export '{export.id}' still in use")
         self.exports.pop(export.name, None)
-        await export.close()
+        export.shutting_down = True
+        removal = asyncio.get_running_loop().create_task(export.close())
+        self._removals.add(removal)
+        removal.add_done_callback(self._removals.discard)
+        return removal
 
     async def stop(self) -> None:
         """Let nobody in, drop everybody, give all nodes back. Raises the first error met."""
@@ -86,16 +97,17 @@ class NbdServer:
         self._accept(False)
         for listener in self._listeners:
             listener.close()
+        self._on_stop()
         failure: BlockError | None = None
-        exports = list(self.exports.values())
-        self.exports.clear()
         for connection in list(self.connections):
             connection.drop()
+        for export in list(self.exports.values()):
+            self.begin_removal(export, hard=True)
         for connection in list(self.connections):
             await connection.ended.wait()
-        for export in exports:
+        for removal in list(self._removals):
             try:
-                await export.close()
+                await removal
             except BlockError as error:
                 failure = failure or error
         if failure is not None:
