@@ -26,6 +26,8 @@ from blocklayer.jobs.group import Jobs
 
 if TYPE_CHECKING:
     from blocklayer.daemon.devices import Device
+    from blocklayer.exports.export import Export
+    from blocklayer.exports.nbd.server import NbdServer
 
 
 class DeviceNotFoundError(UsageError):
@@ -42,6 +44,10 @@ class Daemon:
         self.jobs = Jobs()
         self.devices: dict[str, Device] = {}
         """By id; ``daemon.devices`` adds and removes them."""
+        self.exports: dict[str, Export] = {}
+        """By id, the oldest first; ``daemon.exports`` adds and removes them."""
+        self.nbd_servers: dict[str, NbdServer] = {}
+        """By name; the one that QMP knows has the name ""."""
         self.front_ends: list[Callable[[], Awaitable[None]]] = []
         """What ends each kind of front end (devices, servers, exports), the first to end last."""
 

@@ -1,0 +1,70 @@
+"""TLS credentials in QEMU's layout: a folder with certificates, used by servers and clients.
+
+    ca-cert.pem   server-cert.pem  server-key.pem   client-cert.pem  client-key.pem
+
+1. The peer is verified against ``ca-cert.pem``; a server asks clients for a certificate unless
+   told not to (``verify_peer``).
+2. TLS 1.2 is the oldest version spoken.
+"""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+from blocklayer.errors import UsageError
+
+_SHORT_NAMES = {
+    "commonName": "CN",
+    "countryName": "C",
+    "localityName": "L",
+    "stateOrProvinceName": "ST",
+    "organizationName": "O",
+    "organizationalUnitName": "OU",
+    "streetAddress": "STREET",
+    "domainComponent": "DC",
+    "userId": "UID",
+    "emailAddress": "EMAIL",
+}
+
+
+def server_context(folder: str, *, verify_peer: bool = True) -> ssl.SSLContext:
+    """What a server needs. Raises UsageError."""
+    context = _context(folder, ssl.PROTOCOL_TLS_SERVER, "server")
+    context.verify_mode = ssl.CERT_REQUIRED if verify_peer else ssl.CERT_NONE
+    return context
+
+
+def client_context(folder: str, *, verify_peer: bool = True) -> ssl.SSLContext:
+    """What a client needs; without a certificate of its own it comes unnamed. UsageError."""
+    context = _context(folder, ssl.PROTOCOL_TLS_CLIENT, "client")
+    if not verify_peer:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _context(folder: str, protocol: int, side: str) -> ssl.SSLContext:
+    context = ssl.SSLContext(protocol)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    authority = Path(folder) / "ca-cert.pem"
+    certificate, key = Path(folder) / f"{side}-cert.pem", Path(folder) / f"{side}-key.pem"
+    optional = side == "client" and not certificate.exists() and not key.exists()
+    for path in (authority,) if optional else (authority, certificate, key):
+        if not path.is_file():
+            raise UsageError(f"TLS credentials: unable to access {path}: no such file")
+    try:
+        context.load_verify_locations(authority)
+        if not optional:
+            context.load_cert_chain(certificate, key)
+    except (ssl.SSLError, OSError) as error:
+        raise UsageError(f"TLS credentials in '{folder}' cannot be used: {error}") from error
+    return context
+
+
+def distinguished_name(certificate: dict[str, object]) -> str:
+    """The subject, the most specific part first: ``CN=client,O=Example,C=GB``."""
+    subject = certificate.get("subject", ())
+    assert isinstance(subject, tuple)
+    parts = [f"{_SHORT_NAMES.get(key, key)}={value}" for part in subject for key, value in part]
+    return ",".join(reversed(parts))
