@@ -24,6 +24,8 @@ from blocklayer.codec.qcow2.subclusters import (
 )
 from blocklayer.drivers.qcow2.check_bitmaps import Contradictions
 
+GEOMETRY = Geometry.make(16, extended_l2=True)
+IN_DATA_FILE = Geometry.make(16, extended_l2=True, data_file=True)
 HOST = COPIED | 0x50000
 
 halves = st.one_of(
@@ -58,11 +60,11 @@ def test_runs_end_where_the_state_changes(bitmap: int, index: int) -> None:
 @given(bitmaps, st.integers(0, COUNT - 1))
 def test_kinds(bitmap: int, index: int) -> None:
     allocated, zeroed = state(bitmap, index)
-    with_cluster = subcluster_kind(HOST, bitmap, index)
+    with_cluster = subcluster_kind(HOST, bitmap, index, GEOMETRY)
     if allocated:
         assert with_cluster is ClusterKind.NORMAL
         return
-    without = subcluster_kind(0, bitmap & ZEROED, index)
+    without = subcluster_kind(0, bitmap & ZEROED, index, GEOMETRY)
     if zeroed:
         assert (with_cluster, without) == (ClusterKind.ZERO_ALLOC, ClusterKind.ZERO_PLAIN)
     else:
@@ -84,16 +86,23 @@ def test_kinds(bitmap: int, index: int) -> None:
     ],
 )
 def test_contradictions(entry: int, bitmap: int, problem: str | None) -> None:
-    found = bitmap_problem(entry, bitmap)
+    found = bitmap_problem(entry, bitmap, GEOMETRY)
     assert (found is None) == (problem is None)
     assert problem is None or problem in str(found)
+
+
+def test_the_first_cluster_of_a_data_file_lies_at_0() -> None:
+    assert bitmap_problem(COPIED, 1, IN_DATA_FILE) is None
+    assert bitmap_problem(0, 1, IN_DATA_FILE) is not None
+    held = [subcluster_kind(entry, 1 << COUNT, 0, IN_DATA_FILE) for entry in (COPIED, 0)]
+    assert held == [ClusterKind.ZERO_ALLOC, ClusterKind.ZERO_PLAIN]
 
 
 @given(st.lists(st.tuples(words, st.one_of(bitmaps, words)), min_size=1, max_size=40))
 @example([(OFFSET_MASK, ALLOCATED)])
 @example([(COPIED, ZEROED), (COPIED, 1)])
 def test_whole_tables_are_judged_as_their_entries_are(pairs: list[tuple[int, int]]) -> None:
-    contradicts = any(bitmap_problem(entry, bitmap) for entry, bitmap in pairs)
+    contradicts = any(bitmap_problem(entry, bitmap, GEOMETRY) for entry, bitmap in pairs)
     entries, beside = (store_table(array("Q", column)) for column in zip(*pairs, strict=True))
     assert Contradictions(len(pairs)).any(entries, beside) == contradicts
 
@@ -101,7 +110,7 @@ def test_whole_tables_are_judged_as_their_entries_are(pairs: list[tuple[int, int
 @given(st.lists(words, min_size=2, max_size=32).filter(lambda found: len(found) % 2 == 0))
 def test_tables_come_apart_and_together(found: list[int]) -> None:
     data = store_table(array("Q", found))
-    entries, beside = load_l2_table(data, Geometry.make(16, extended_l2=True))
+    entries, beside = load_l2_table(data, GEOMETRY)
     assert entries.tolist() == found[::2]
     assert beside is not None
     assert beside.tolist() == found[1::2]

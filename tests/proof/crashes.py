@@ -11,8 +11,9 @@ from itertools import islice
 from typing import Any
 
 from blocklayer.errors import BlockError
+from blocklayer.graph.checking import CheckResult
 from blocklayer.graph.create import create_image
-from blocklayer.graph.driver import CheckResult, FormatDriver
+from blocklayer.graph.driver import FormatDriver
 from blocklayer.graph.graph import Graph
 from blocklayer.graph.node import Flags
 from blocklayer.graph.open import open_image
@@ -31,6 +32,8 @@ async def take(
 ) -> Root:
     """Open the image on `disk` on a graph of its own, and take hold of it."""
     file = {"driver": "crashing", "filename": disk.name}
+    # What a pair of disks (`pairs`) has for its second.
+    options = {**getattr(disk, "options", {}), **options}
     flags = Flags(read_only=not writable, discard_unmap=True)
     graph = Graph(REGISTRY)
     node = await open_image(graph, {"driver": format, "file": file, **options}, flags=flags)
@@ -192,6 +195,7 @@ async def _judge(bench: Bench, state: State, *, thorough: bool) -> None:
     root = await take(disk, **bench.options)
     try:
         content = await read_all(root)
+        await judge_raw(root, content)
         problem = bench.explain(state.position, content)
         assert problem is None, f"{state}: {problem}"
         found = await check(root)
@@ -201,6 +205,13 @@ async def _judge(bench: Bench, state: State, *, thorough: bool) -> None:
         await root.close()
     if thorough:
         await _go_on(disk, bench.options, content, state)
+
+
+async def judge_raw(root: Root, content: bytes) -> None:
+    """The data file of an image that calls it raw is the disk, byte for byte."""
+    image = getattr(root.node.driver, "image", None)
+    if image is not None and image.data_file_raw:
+        assert bytes(await image.data.read(0, len(content))) == content, "the raw file differs"
 
 
 async def _go_on(disk: CrashingDisk, options: Any, content: bytes, state: State) -> None:

@@ -33,18 +33,23 @@ BASES = {
     "narrow": ("-o", "cluster_size=512,refcount_bits=1"),
     "large clusters": ("-o", "cluster_size=64k,lazy_refcounts=on"),
     "extended L2": ("-o", "cluster_size=16k,extended_l2=on"),
+    "data file": ("-o", "cluster_size=512,data_file=image.data"),
+    "raw data file": ("-o", "cluster_size=4k,data_file=image.data,data_file_raw=on"),
+    "extended L2, data file": ("-o", "cluster_size=16k,extended_l2=on,data_file=image.data"),
 }
 
 
 def base_image(qemu_img: Oracle, qemu_io: Oracle, folder: Path, name: str) -> bytes:
     """A small image with data, zeros, compressed clusters and, if it can have one, a snapshot."""
     path = folder / "base.qcow2"
-    qemu_img("create", "-q", "-f", "qcow2", *BASES[name], path, "200k")
-    commands = ["write -P 1 0 9k", "write -c -P 2 64k 64k", "write -P 3 150k 3k"]
+    qemu_img("create", "-q", "-f", "qcow2", *BASES[name], path, "200k", cwd=folder)
+    commands = ["write -P 1 0 9k", "write -P 3 150k 3k"]
+    if "data file" not in name:
+        commands.append("write -c -P 2 64k 64k")
     if name != "version 2":
         commands.append("write -z 20k 16k")
-    qemu_io("-f", "qcow2", *(p for c in commands for p in ("-c", c)), path)
-    if name != "narrow":
+    qemu_io("-f", "qcow2", *(p for c in commands for p in ("-c", c)), path, cwd=folder)
+    if name != "narrow" and "data file" not in name:
         qemu_img("snapshot", "-c", "before", path)
         qemu_io("-f", "qcow2", "-c", "write -P 4 0 2k", path)
     image = path.read_bytes()
@@ -58,7 +63,13 @@ def examine(folder: Path, cases: Iterable[hostile.Case]) -> dict[str, list[str]]
     faults: dict[str, list[str]] = {}
     command = [sys.executable, hostile_worker.__file__]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        # Each thread's arena would take 64 MiB of the limit, used or not.
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
     ) as worker:
         assert worker.stdin is not None
         assert worker.stdout is not None

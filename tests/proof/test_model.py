@@ -23,7 +23,7 @@ from blocklayer.testing.contract import apply, read_all
 from blocklayer.testing.model import Chain, Layer
 from blocklayer.testing.strategies import Request, Shape, requests, shapes, sizes
 from oracles import Oracle, find
-from proof.chains import blk, blk_json
+from proof.chains import blk, blk_json, our_read
 
 T = TypeVar("T")
 
@@ -65,9 +65,14 @@ class ChainMachine(RuleBasedStateMachine):
         name = f"{self.made}.qcow2"
         below = self.layers[-1][0] if self.layers else None
         backing = {"backing": below, "backing_format": "qcow2"} if below else {}
-        self.run(create(self.folder / name, shape.size, **backing, **shape.options()))
+        options = {**shape.options(), **self.more_options()}
+        self.run(create(self.folder / name, shape.size, **backing, **options))
         self.layers.append((name, shape))
         self.model.layers.append(Layer(shape.size))
+
+    def more_options(self) -> dict[str, Any]:
+        """What a new layer has besides its shape."""
+        return {}
 
     def open(self) -> None:
         file = {"driver": "file", "filename": str(self.folder / self.layers[-1][0])}
@@ -93,7 +98,11 @@ class ChainMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def request(self, data: st.DataObject) -> None:
         below = [layer.size for layer in self.model.layers[:-1]]
-        self.send(data.draw(requests(self.shape, below)))
+        self.send(data.draw(requests(self.shape, below).filter(self.fits)))
+
+    def fits(self, request: Request) -> bool:
+        """Whether the top can take the request."""
+        return True
 
     def send(self, request: Request) -> None:
         assert self.disk is not None
@@ -179,8 +188,28 @@ class ChainMachine(RuleBasedStateMachine):
                 oracle("check", "-q", "-f", "qcow2", image)
 
 
+class DataFileMachine(ChainMachine):
+    """The same with a data file for every layer; the base's is a raw image of the whole disk."""
+
+    def more_options(self) -> dict[str, Any]:
+        name = str(self.folder / f"{self.made}.data")
+        return {"compat": "1.1", "data_file": name, "data_file_raw": not self.layers}
+
+    def fits(self, request: Request) -> bool:
+        return request.kind != "compress"
+
+    def check(self) -> None:
+        super().check()
+        base, _ = self.layers[0]
+        if base == "1.qcow2":
+            seen = self.run(our_read(self.folder / base))
+            assert (self.folder / "1.data").read_bytes() == seen
+
+
 TestChain = ChainMachine.TestCase
-TestChain.settings = settings(
+TestChainOfDataFiles = DataFileMachine.TestCase
+_SETTINGS = settings(
     stateful_step_count=30,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+TestChain.settings = TestChainOfDataFiles.settings = _SETTINGS

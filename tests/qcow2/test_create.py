@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from blocklayer.codec.qcow2.geometry import Geometry
 from blocklayer.codec.qcow2.header import decode_header
 from blocklayer.drivers import REGISTRY
-from blocklayer.drivers.qcow2.create import Qcow2CreateOptions, create, plan
+from blocklayer.drivers.qcow2.create import Qcow2CreateOptions, create
+from blocklayer.drivers.qcow2.layout import plan
 from blocklayer.errors import StorageError, UsageError
 from blocklayer.graph import io
 from blocklayer.graph.graph import Graph
@@ -230,8 +231,8 @@ def test_a_backing_file_name_that_does_not_fit(tmpfs: Path, options: dict[str, A
 
 
 def test_an_unknown_option_is_refused() -> None:
-    with pytest.raises(UsageError, match="data_file"):
-        decode(Qcow2CreateOptions, {"size": MIB, "data_file": "a.raw"})
+    with pytest.raises(UsageError, match="data_size"):
+        decode(Qcow2CreateOptions, {"size": MIB, "data_size": 1})
 
 
 @pytest.mark.parametrize("preallocation", ["off", "metadata", "falloc"])

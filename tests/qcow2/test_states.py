@@ -126,19 +126,6 @@ def test_corrupt_bit_keeps_writers_out(image: Path) -> None:
     run(scenario())
 
 
-def test_unsupported_features_are_refused_by_name(tmp_path: Path, qemu_img: Oracle) -> None:
-    path = tmp_path / "x.qcow2"
-    options = f"data_file={tmp_path / 'data'}"
-    qemu_img("create", "-q", "-f", "qcow2", "-o", options, path, "8M")
-
-    async def scenario() -> None:
-        with pytest.raises(UnsupportedError, match="external data file"):
-            async with opened(path, read_only=True):
-                pass
-
-    run(scenario())
-
-
 def test_misaligned_entry_marks_the_image_corrupt_and_stops_writes(
     image: Path, qemu_io: Oracle
 ) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from blocklayer.errors import UnsupportedError
-from blocklayer.graph.driver import CheckResult, FormatDriver
+from blocklayer.graph.checking import PAGE_SIZE, CheckResult, Rehearsal
+from blocklayer.graph.driver import FormatDriver
 from blocklayer.graph.node import Node
 
 REPAIRS = {"leaks": frozenset({"leaks"}), "all": frozenset({"leaks", "errors"})}
@@ -57,9 +58,59 @@ async def check_image(
         repaired(leaks_fixed, corruptions_fixed)
         result = await driver.check(frozenset())
         report(result.messages)
+    found = _image_check(node, result)
+    found.leaks_fixed, found.corruptions_fixed = leaks_fixed, corruptions_fixed
+    return found
+
+
+class RepairPlan(msgspec.Struct, kw_only=True, rename="kebab"):
+    """What a repair would do."""
+
+    found: ImageCheck
+    """What it would find; ``…_fixed`` is what it would mend."""
+    after: ImageCheck
+    """What a check after it would find."""
+    would_write: int
+    """Bytes of the image's file that would change."""
+    file_size: int
+    file_size_after: int
+
+
+async def plan_repair(
+    node: Node,
+    repair: str,
+    *,
+    report: Callable[[list[str]], None] = lambda messages: None,
+) -> tuple[RepairPlan, Rehearsal]:
+    """What ``check_image`` with ``repair`` would do to ``node``; nothing is written.
+
+    The rehearsal has the pages, as ``repair_backup.save`` takes them.
+    """
+    driver = node.driver
+    if not isinstance(driver, FormatDriver):
+        raise UnsupportedError(f"Driver '{driver.NAME}' does not support checks")
+    done = await driver.rehearse(REPAIRS[repair])
+    report([_as_plan(message) for message in done.found.messages])
+    plan = RepairPlan(
+        found=_image_check(node, done.found),
+        after=_image_check(node, done.after),
+        would_write=len(done.changed) * PAGE_SIZE,
+        file_size=done.size_before,
+        file_size_after=done.size_after,
+    )
+    return plan, done
+
+
+def _as_plan(message: str) -> str:
+    for doing, would in (("Repairing ", "Would repair "), ("Rebuilding ", "Would rebuild ")):
+        if message.startswith(doing):
+            return would + message.removeprefix(doing)
+    return message
+
+
+def _image_check(node: Node, result: CheckResult) -> ImageCheck:
     counts = {name: getattr(result, name) for name in _COUNTS}
-    counts |= {"leaks_fixed": leaks_fixed, "corruptions_fixed": corruptions_fixed}
-    return ImageCheck(filename=node.filename, format=driver.NAME, **counts)
+    return ImageCheck(filename=node.filename, format=node.driver.NAME, **counts)
 
 
 _COUNTS: Iterable[str] = [name for name in CheckResult.__struct_fields__ if name != "messages"]

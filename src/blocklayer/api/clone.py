@@ -21,12 +21,8 @@ from types import TracebackType
 from typing import Any, Final
 
 from blocklayer.drivers import REGISTRY
-from blocklayer.drivers.qcow2.create import (
-    Qcow2CreateOptions,
-    new_header,
-    plan,
-    refcount_pieces,
-)
+from blocklayer.drivers.qcow2.create import Qcow2CreateOptions, new_header
+from blocklayer.drivers.qcow2.layout import plan, refcount_pieces
 from blocklayer.errors import StorageError, UsageError
 from blocklayer.graph.driver import ProtocolDriver
 from blocklayer.graph.filename import scheme_of, storage_of

@@ -83,9 +83,10 @@ class Disk:
         that is marked dirty or corrupt in as it is, to be checked. ``one_pass`` keeps caches small,
         for who goes through the disk once. ``snapshot``, an id or a name, shows that internal
         snapshot in place of the disk, read-only. ``metadata_only`` opens encrypted images without
-        their keys, to look at and check; ``secrets`` holds passphrases by the ids that options
-        (``key-secret``) name them with. ``policy`` says what images may open (else
-        ``default_policy``); ``named_by`` is the image that names this one, if it is not the user.
+        their keys and leaves data files closed, to look at and check; ``secrets`` holds passphrases
+        by the ids that options (``key-secret``) name them with. ``policy`` says what images may
+        open (else ``default_policy``); ``named_by`` is the image that names this one, if it is not
+        the user.
         Raises BlockError.
         """
         if cache not in CACHE_MODES:

@@ -333,7 +333,8 @@ def _group_help(table: dict[str, str]) -> str:
         "",
     ]
     lines += [f"  {name} - {summary(load_command(place))}" for name, place in table.items()]
-    lines += ["", "Supported image formats:", "", f"  {' '.join(sorted(REGISTRY.table))}"]
+    names = sorted(name for name, entry in REGISTRY.table.items() if not entry.internal)
+    lines += ["", "Supported image formats:", "", f"  {' '.join(names)}"]
     return "\n".join([*lines, *_standard_options()[:-1], *_TRACE_HELP, ""])
 
 

@@ -25,7 +25,7 @@ from blocklayer.drivers.blocks import (
 from blocklayer.drivers.tables import PAGE_SIZE, Part, Space, TableCache
 from blocklayer.errors import CorruptionError, FormatError, UsageError
 from blocklayer.graph import io
-from blocklayer.graph.driver import CheckResult
+from blocklayer.graph.checking import CheckResult
 from blocklayer.graph.extent import Allocation, Extent, Kind
 from blocklayer.graph.graph import Graph
 from blocklayer.graph.node import Node

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import msgspec
 
 from blocklayer.errors import UnsupportedError
+from blocklayer.graph.checking import CheckResult, Rehearsal
 from blocklayer.graph.child import Role
 from blocklayer.graph.extent import Allocation, Extent, Kind
 from blocklayer.graph.options import AmendOptions, CreateOptions, NodeOptions
@@ -404,6 +405,10 @@ class FormatDriver(Driver):
         """Compare all metadata; ``repair`` is a subset of {"leaks", "errors"}."""
         raise UnsupportedError(f"Format '{self.NAME}' does not support checks")
 
+    async def rehearse(self, repair: frozenset[str]) -> Rehearsal:
+        """What ``check`` with ``repair`` would find and write; nothing is written."""
+        raise UnsupportedError(f"Format '{self.NAME}' cannot tell what a repair would do")
+
     @classmethod
     def stream(cls, options: AnyCreateOptions, *, compress: bool, level: int | None) -> ImageStream:
         """A new image made with ``options``, to be written in one pass (``graph.streams``)."""
@@ -415,20 +420,3 @@ class FormatDriver(Driver):
     async def create(cls, graph: Graph, target: Node, options: CreateOptions) -> None:
         """Write a new, empty image to ``target``, an open writable protocol node of size 0."""
         raise UnsupportedError(f"Format driver '{cls.NAME}' does not support image creation")
-
-
-class CheckResult(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What ``check`` found, in QEMU's terms; counts are of clusters or entries."""
-
-    check_errors: int = 0
-    corruptions: int = 0
-    leaks: int = 0
-    corruptions_fixed: int = 0
-    leaks_fixed: int = 0
-    image_end_offset: int = 0
-    total_clusters: int = 0
-    allocated_clusters: int = 0
-    fragmented_clusters: int = 0
-    compressed_clusters: int = 0
-    messages: list[str] = []
-    """What was found, one line each, in the order found ("ERROR …", "Leaked …", "Repairing …")."""

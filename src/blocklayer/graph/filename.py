@@ -32,13 +32,16 @@ def protocol_options(name: str, registry: Registry) -> dict[str, Any]:
     """Options of the protocol node that plain ``name`` stands for (``json:`` is not plain)."""
     scheme = scheme_of(name)
     if scheme is None or scheme == "file":
-        path = name.removeprefix("file:")
-        driver = "host_device" if _is_device(path) else "file"
-        return {"driver": driver, "filename": path}
+        return path_options(name.removeprefix("file:"))
     driver_name = registry.scheme_driver(scheme)
     if driver_name is None:
         raise UsageError(f"Unknown protocol '{scheme}'")
     return {"driver": driver_name, **registry.load_protocol(driver_name).parse_filename(name)}
+
+
+def path_options(path: str) -> dict[str, Any]:
+    """Options of the protocol node for a path of this host."""
+    return {"driver": "host_device" if _is_device(path) else "file", "filename": path}
 
 
 def _is_device(path: str) -> bool:

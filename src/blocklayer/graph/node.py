@@ -45,7 +45,9 @@ class Flags(msgspec.Struct, kw_only=True):
     named_by: str | None = None
     """The image on whose word the node is opened; None for what the user named."""
     metadata_only: bool = False
-    """No guest data will be asked for: encrypted images are opened without their keys."""
+    """No guest data will be asked for: encrypted images are opened without their keys, and data
+    files stay closed, unless it is for a check.
+    """
     nesting: int = 0
     """How many formats inside formats lie above; a backing file is not inside its overlay."""
 

@@ -20,6 +20,7 @@ from blocklayer.graph.child import Role
 from blocklayer.graph.driver import FormatDriver, ProtocolDriver
 from blocklayer.graph.filename import (
     image_options,
+    path_options,
     protocol_options,
     resolve_relative,
     scheme_of,
@@ -349,6 +350,16 @@ async def _open_backing(graph: Graph, node: Node, seen: set[object | None]) -> N
         return await _open_one(graph, options, flags)
     except BlockError as error:
         raise error.reworded(f"Could not open backing file: {error}") from error
+
+
+def data_file_options(node: Node, name: str) -> dict[str, Any]:
+    """Options for the storage of the data file ``name`` that ``node``'s image names.
+
+    The name is a path, whatever it looks like: an image cannot make us speak a protocol with it,
+    or choose options. A relative one starts at the current folder, as in QEMU.
+    """
+    node.graph.policy.check(node.filename, "data file", name, local=True)
+    return path_options(name)
 
 
 def _named_backing(

@@ -2,7 +2,9 @@
 
 1. Exit codes: 0 sound (now), 1 could not be checked, 2 corruptions, 3 leaked clusters only, 63 the
    format has no checks.
-2. What is wrong is told on standard error, line by line; standard output has the summary.
+2. --dry-run exits with 2 or 3 by what would be mended, or left as it is. --backup is complete
+   before a repair begins.
+3. What is wrong is told on standard error, line by line; standard output has the summary.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from typing import Annotated, Final
 
 import msgspec
 
-from blocklayer.api.check import ImageCheck, check_image
+from blocklayer.api.check import ImageCheck, RepairPlan, check_image, plan_repair
+from blocklayer.api.repair_backup import restore, save
 from blocklayer.cli import console
 from blocklayer.cli.common import (
     FILENAME,
@@ -27,7 +30,7 @@ from blocklayer.cli.common import (
     say_result,
 )
 from blocklayer.cli.options import Command, Option
-from blocklayer.errors import UnsupportedError
+from blocklayer.errors import UnsupportedError, UsageError
 
 EXIT_FAILED: Final = 1
 EXIT_CORRUPT: Final = 2
@@ -64,12 +67,27 @@ class Check(Command):
         ),
     ] = None
 
+    dry_run: Annotated[
+        bool, Option("with -r: say what the repair would do, and change nothing")
+    ] = False
+    backup: Annotated[
+        str | None,
+        Option("with -r: first keep all that the repair overwrites, in a new file", "", "FILE"),
+    ] = None
+    restore: Annotated[
+        str | None,
+        Option("put back what --backup kept in FILE, if nothing changed since", "", "FILE"),
+    ] = None
+
     @property
     def writes(self) -> bool:
-        return self.repair is not None
+        return (self.repair is not None and not self.dry_run) or self.restore is not None
 
     async def run(self) -> int:
         name = one_filename(self.operands)
+        self._check_options()
+        if self.restore is not None:
+            return await self._restore(name, self.restore)
         disk = await open_disk(
             name,
             format=self.format,
@@ -82,6 +100,12 @@ class Check(Command):
             metadata_only=True,
         )
         try:
+            if self.repair is not None and self.dry_run:
+                plan, _ = await plan_repair(disk.root.node, self.repair, report=_report)
+                return self._say_plan(plan, name)
+            if self.repair is not None and self.backup is not None:
+                _, rehearsal = await plan_repair(disk.root.node, self.repair)
+                save(rehearsal, self.backup)
             found = await check_image(
                 disk.root.node, repair=self.repair, report=_report, repaired=self._say_repaired
             )
@@ -95,6 +119,37 @@ class Check(Command):
         elif not self.quiet:
             console.write(_summary(found))
         return _exit_code(found)
+
+    def _check_options(self) -> None:
+        if self.repair is None and (self.dry_run or self.backup is not None):
+            raise UsageError("--dry-run and --backup go with a repair: say which with -r")
+        if self.dry_run and self.backup is not None:
+            raise UsageError("--dry-run changes nothing, so there is nothing to --backup")
+        if self.restore is not None and (self.repair is not None or self.image_opts):
+            raise UsageError("--restore takes the name of a file, and goes with no repair")
+
+    async def _restore(self, name: str, backup: str) -> int:
+        length = await restore(name, backup)
+        if not self.quiet:
+            console.write(f"Put back {length} bytes of metadata from '{backup}'.\n")
+        return 0
+
+    def _say_plan(self, plan: RepairPlan, name: str) -> int:
+        if self.output == "json":
+            from blocklayer.cli.json_text import pretty
+
+            plain = msgspec.to_builtins(plan)
+            for check in (plain["found"], plain["after"]):
+                check["filename"] = name
+            console.say(pretty({"dry-run": True, **plain}))
+        elif not self.quiet:
+            console.write(_plan_text(plan))
+        found = plan.found
+        if found.check_errors:
+            return EXIT_FAILED
+        if found.corruptions or found.corruptions_fixed:
+            return EXIT_CORRUPT
+        return EXIT_LEAKS if found.leaks or found.leaks_fixed else 0
 
     def _say_repaired(self, leaks: int, corruptions: int) -> None:
         if self.output == "human" and not self.quiet:
@@ -112,6 +167,21 @@ class Check(Command):
 def _report(messages: list[str]) -> None:
     if messages:
         console.complain("\n".join(messages))
+
+
+def _plan_text(plan: RepairPlan) -> str:
+    found = plan.found
+    if not plan.would_write:
+        return f"Nothing would be repaired.\n{_summary(found)}"
+    text = (
+        "The following inconsistencies would be repaired:\n\n"
+        f"    {found.leaks_fixed} leaked clusters\n"
+        f"    {found.corruptions_fixed} corruptions\n\n"
+        f"{plan.would_write} bytes of metadata would change"
+    )
+    if plan.file_size_after != plan.file_size:
+        text += f", and the file grow from {plan.file_size} to {plan.file_size_after} bytes"
+    return f"{text}. Nothing was changed.\nA check would then say:\n{_summary(plan.after)}"
 
 
 def _summary(found: ImageCheck) -> str:

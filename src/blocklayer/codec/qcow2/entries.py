@@ -6,6 +6,7 @@ Public:
     ClusterKind: UNALLOCATED NORMAL ZERO_PLAIN ZERO_ALLOC COMPRESSED
     decode_l2(entry, geometry) -> (ClusterKind, host_offset)          CorruptionError if invalid
     l2_problem(entry, geometry) -> str | None                         the same verdict, for check
+    misplaced(entry, guest_offset) -> str | None       the further verdict on one with a data file
     encode_l2(host_offset, *, copied, zero=False) -> int
     decode_compressed(entry, geometry) -> (host_offset, length)       length is an upper bound
     encode_compressed(host_offset, length, geometry) -> int
@@ -119,7 +120,7 @@ def decode_l2(entry: int, geometry: Geometry) -> tuple[ClusterKind, int]:
     if entry & COMPRESSED:
         return _COMPRESSED, decode_compressed(entry, geometry)[0]
     host_offset = entry & OFFSET_MASK
-    has_cluster = host_offset or (geometry.data_file and entry & COPIED)
+    has_cluster = entry & geometry.held_mask
     if entry & ZERO:
         return (_ZERO_ALLOC if has_cluster else _ZERO_PLAIN), host_offset
     return (_NORMAL if has_cluster else _UNALLOCATED), host_offset
@@ -144,6 +145,18 @@ def l2_problem(entry: int, geometry: Geometry) -> str | None:
         return f"zero flag is set in an image with {why}"
     if entry & OFFSET_MASK & geometry.cluster_mask:
         return f"host offset {entry & OFFSET_MASK:#x} is not aligned to a cluster"
+    return None
+
+
+def misplaced(entry: int, guest_offset: int) -> str | None:
+    """Why the entry of the cluster at ``guest_offset`` cannot be followed into a data file.
+
+    There every cluster lies at its guest offset, or, reading as zeros, nowhere.
+    """
+    host_offset = entry & OFFSET_MASK
+    held = host_offset or (entry & COPIED and not entry & ZERO)
+    if held and host_offset != guest_offset:
+        return f"places the cluster at {host_offset:#x} of the data file, not at its guest offset"
     return None
 
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from blocklayer.codec.qcow2.entries import COPIED, OFFSET_MASK
+
 if TYPE_CHECKING:
     from blocklayer.codec.qcow2.header import ImageHeader
 
@@ -42,6 +44,9 @@ class Geometry(msgspec.Struct, frozen=True):
     subcluster_size: int
     # Guest data live in another file, at host offset = guest offset.
     data_file: bool
+    # The bits of an L2 entry, not compressed, of which one is set if it has a cluster. In a data
+    # file the first cluster lies at 0, and the copied flag tells that an entry has it.
+    held_mask: int
     l2_entry_size: int
     l2_bits: int
     l2_entries: int
@@ -86,6 +91,7 @@ class Geometry(msgspec.Struct, frozen=True):
             subcluster_bits=subcluster_bits,
             subcluster_size=1 << subcluster_bits,
             data_file=data_file,
+            held_mask=OFFSET_MASK | (COPIED if data_file else 0),
             l2_entry_size=1 << l2_entry_bits,
             l2_bits=l2_bits,
             l2_entries=1 << l2_bits,

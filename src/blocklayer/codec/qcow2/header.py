@@ -9,7 +9,7 @@ Public:
       .extension(type) -> bytes | None, .set_extension(type, data | None)
       .backing_format, .data_file                 str | None, readable and assignable
       .compression_type, .header_length, .cluster_size, .extended_l2,
-      .has_data_file
+      .has_data_file, .data_file_raw
       .set_feature_names(), .feature_names(kind) -> dict[bit, name]
     Extension(type, data); feature_name_table() -> bytes; known_features(kind) -> dict[bit, name]
     MAGIC, the feature bits INCOMPATIBLE_* COMPATIBLE_* AUTOCLEAR_*, and EXTENSION_*
@@ -170,6 +170,10 @@ class ImageHeader(msgspec.Struct, kw_only=True):
     @property
     def has_data_file(self) -> bool:
         return bool(self.incompatible_features & INCOMPATIBLE_DATA_FILE)
+
+    @property
+    def data_file_raw(self) -> bool:
+        return bool(self.autoclear_features & AUTOCLEAR_DATA_FILE_RAW)
 
     @property
     def header_length(self) -> int:

@@ -7,8 +7,8 @@ Public:
     COUNT                       subclusters of a cluster
     ALLOCATED, ZEROED           the bits of all of them
     between(first, end) -> bits      the low half's bits of subclusters ``[first, end)``
-    bitmap_problem(entry, bitmap) -> str | None     why the two words contradict each other
-    subcluster_kind(entry, bitmap, index) -> ClusterKind
+    bitmap_problem(entry, bitmap, geometry) -> str | None    why the two contradict each other
+    subcluster_kind(entry, bitmap, index, geometry) -> ClusterKind
     run_end(bitmap, index) -> int    the first subcluster after ``index`` that is stored otherwise
     uniform(bitmap, index) -> bitmap    of a cluster that is all like subcluster ``index``
     load_l2_table(data, geometry) -> (entries, bitmaps | None)     whole tables, or parts of them
@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Final
 
 from blocklayer.codec.qcow2.entries import (
     COMPRESSED,
-    OFFSET_MASK,
     ClusterKind,
     load_table,
     store_table,
@@ -45,7 +44,7 @@ def between(first: int, end: int) -> int:
     return (1 << end) - (1 << first)
 
 
-def bitmap_problem(entry: int, bitmap: int) -> str | None:
+def bitmap_problem(entry: int, bitmap: int, geometry: Geometry) -> str | None:
     """Why the bitmap cannot belong to the entry, or None."""
     if not bitmap:
         return None
@@ -53,18 +52,19 @@ def bitmap_problem(entry: int, bitmap: int) -> str | None:
         return f"compressed cluster with subcluster bitmap {bitmap:#x}"
     if bitmap & bitmap >> COUNT & ALLOCATED:
         return f"subcluster bitmap {bitmap:#x} calls subclusters allocated and zero at once"
-    if bitmap & ALLOCATED and not entry & OFFSET_MASK:
+    if bitmap & ALLOCATED and not entry & geometry.held_mask:
         return f"subcluster bitmap {bitmap:#x} calls subclusters of no cluster allocated"
     return None
 
 
-def subcluster_kind(entry: int, bitmap: int, index: int) -> ClusterKind:
+def subcluster_kind(entry: int, bitmap: int, index: int, geometry: Geometry) -> ClusterKind:
     """How subcluster ``index`` is stored, of a standard entry and a bitmap without a problem."""
     bits = bitmap >> index
     if bits & 1:
         return ClusterKind.NORMAL
     if bits >> COUNT & 1:
-        return ClusterKind.ZERO_ALLOC if entry & OFFSET_MASK else ClusterKind.ZERO_PLAIN
+        held = entry & geometry.held_mask
+        return ClusterKind.ZERO_ALLOC if held else ClusterKind.ZERO_PLAIN
     return ClusterKind.UNALLOCATED
 
 

@@ -20,6 +20,7 @@ from msgspec import UNSET, Meta, UnsetType
 from blocklayer.codec.qcow2.entries import store_table
 from blocklayer.codec.qcow2.geometry import MAX_REFCOUNT_TABLE_SIZE, Geometry
 from blocklayer.codec.qcow2.header import (
+    AUTOCLEAR_DATA_FILE_RAW,
     COMPATIBLE_LAZY_REFCOUNTS,
     EXTENSION_FEATURE_NAMES,
     INCOMPATIBLE_DIRTY,
@@ -72,6 +73,12 @@ class Qcow2AmendOptions(
     backing_fmt: Annotated[str | UnsetType, Meta(description="Image format of the base image")] = (
         UNSET
     )
+    data_file: Annotated[
+        str | UnsetType, Meta(description="File name of an external data file")
+    ] = UNSET
+    data_file_raw: Annotated[
+        bool | UnsetType, Meta(description="The external data file must stay valid as a raw image")
+    ] = UNSET
     lazy_refcounts: Annotated[bool | UnsetType, Meta(description="Postpone refcount updates")] = (
         UNSET
     )
@@ -120,6 +127,7 @@ async def amend(
             if options.lazy_refcounts:
                 bits |= COMPATIBLE_LAZY_REFCOUNTS
             await image.update_header(compatible_features=bits)
+        await _change_data_file(image, options)
     await driver.reload()
     if options.refcount_bits is not UNSET:
         order = options.refcount_bits.bit_length() - 1
@@ -136,6 +144,10 @@ def _check(image: Image, options: Qcow2AmendOptions) -> int:
     header = image.header
     if options.backing_file is not UNSET or options.backing_fmt is not UNSET:
         raise UsageError("Cannot amend the backing file")
+    if options.data_file is not UNSET and not header.has_data_file:
+        raise UsageError("data-file can only be set for images that use an external data file")
+    if options.data_file_raw is True and not header.data_file_raw:
+        raise UsageError("data-file-raw cannot be set on existing images")
     version = header.version
     if options.compat is not UNSET:
         if options.compat not in _VERSIONS:
@@ -157,6 +169,17 @@ def _check(image: Image, options: Qcow2AmendOptions) -> int:
     if version < header.version:
         _check_downgrade(image)
     return version
+
+
+async def _change_data_file(image: Image, options: Qcow2AmendOptions) -> None:
+    """The name of the data file, which is not touched, and whether it is to stay a raw image."""
+    changes: dict[str, str | int | None] = {}
+    if options.data_file is not UNSET:
+        changes["data_file"] = options.data_file or None
+    if options.data_file_raw is False:
+        changes["autoclear_features"] = image.header.autoclear_features & ~AUTOCLEAR_DATA_FILE_RAW
+    if changes:
+        await image.update_header(**changes)
 
 
 def _check_downgrade(image: Image) -> None:

@@ -2,6 +2,7 @@
 
 Public:
     check(driver, repair) -> CheckResult   one pass; ``repair`` is a subset of {"leaks", "errors"}
+    look(driver, storage, repair)          the same on other storage: for a rehearsal
     rebuild_refcounts(driver)              what opening a dirty image for writing needs
 
 What the driver offers: ``settle`` before the pass (all metadata is then in the file) and ``reload``
@@ -27,6 +28,7 @@ from blocklayer.codec.qcow2.header import (
 )
 from blocklayer.codec.qcow2.refcounts import decode_block, encode_block
 from blocklayer.codec.qcow2.validation import validate
+from blocklayer.drivers.qcow2.check_data_file import note_end
 from blocklayer.drivers.qcow2.check_image import CheckedImage, StoredRefcounts
 from blocklayer.drivers.qcow2.check_walk import Walk
 from blocklayer.drivers.qcow2.recount import WINDOW, WINDOW_BITS
@@ -35,7 +37,7 @@ from blocklayer.errors import BlockError, CorruptionError
 
 if TYPE_CHECKING:
     from blocklayer.drivers.qcow2.driver import Qcow2Driver
-    from blocklayer.graph.driver import CheckResult
+    from blocklayer.graph.checking import CheckResult
 
 _HEADER_PROBE_SIZE = 112
 _MAX_UNREADABLE_LISTED = 10_000
@@ -49,11 +51,18 @@ async def check(driver: Qcow2Driver, repair: frozenset[str]) -> CheckResult:
         await driver.settle()
     image = await _open(Storage(driver.node.children["file"]), repair)
     try:
-        await _pass(image)
+        await _pass(image, driver)
     finally:
         if image.changed:
             await image.storage.flush()
             await driver.reload()
+    return image.result
+
+
+async def look(driver: Qcow2Driver, storage: Storage, repair: frozenset[str]) -> CheckResult:
+    """``check`` of the metadata that ``storage`` shows; the driver's own state stays as it is."""
+    image = await _open(storage, repair)
+    await _pass(image, driver)
     return image.result
 
 
@@ -78,7 +87,13 @@ async def _open(storage: Storage, repair: frozenset[str]) -> CheckedImage:
     return CheckedImage(storage, header, repair)
 
 
-async def _pass(image: CheckedImage) -> None:
+async def _pass(image: CheckedImage, driver: Qcow2Driver) -> None:
+    await _compare(image)
+    if image.geometry.data_file:
+        note_end(image, driver.image.data.size)
+
+
+async def _compare(image: CheckedImage) -> None:
     stored = StoredRefcounts(image)
     await stored.load()
     walk = Walk(image)

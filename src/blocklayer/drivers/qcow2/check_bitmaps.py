@@ -2,20 +2,35 @@
 
 Public:
     Contradictions(count).any(entries, bitmaps) -> bool     of tables of ``count`` entries
+    contradiction(entry, geometry) -> str      what check says of one
 
 1. A table is looked at as one long number of 64-bit lanes. No step carries from one lane to the
    next: ``_nonzero`` adds to values below 2^63 only.
-2. The answer is that of ``codec.qcow2.subclusters.bitmap_problem``, asked of every entry.
+2. The answer is that of ``codec.qcow2.subclusters.bitmap_problem``, asked of every entry, without
+   a data file.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from blocklayer.codec.qcow2.entries import COMPRESSED, OFFSET_MASK
 from blocklayer.codec.qcow2.subclusters import ALLOCATED, COUNT
 
+if TYPE_CHECKING:
+    from blocklayer.codec.qcow2.geometry import Geometry
+
 _TOP: Final = 1 << 63
+
+
+def contradiction(entry: int, geometry: Geometry) -> str:
+    """What to say of an entry, not compressed, whose bitmap cannot belong to it."""
+    if entry & geometry.held_mask:
+        return (
+            f" offset={entry & OFFSET_MASK:x}: Allocated cluster has corrupted subcluster "
+            "allocation bitmap"
+        )
+    return ": Unallocated cluster has non-zero subcluster allocation map"
 
 
 class Contradictions:

@@ -21,11 +21,13 @@ from blocklayer.codec.qcow2.entries import (
     store_table,
 )
 from blocklayer.codec.qcow2.subclusters import load_l2_table, store_l2_table
+from blocklayer.drivers.qcow2.check_data_file import flagged
 from blocklayer.drivers.qcow2.check_image import CheckedImage, StoredRefcounts
 from blocklayer.drivers.qcow2.recount import WINDOW_BITS
 from blocklayer.errors import BlockError
 
 _L1_CHUNK: Final = 64 * 1024
+_ZEROS: Final = bytes(512)
 
 
 async def check_copied(image: CheckedImage, stored: StoredRefcounts, *, fix: bool) -> None:
@@ -42,11 +44,10 @@ async def check_copied(image: CheckedImage, stored: StoredRefcounts, *, fix: boo
             table_offset = entry & OFFSET_MASK
             if not table_offset:
                 continue
-            right = await _flagged(image, stored, entry)
+            right, refcount = await _flagged(image, stored, entry)
             if right is None:
                 continue
             if right != entry:
-                refcount = await stored.get(table_offset >> image.geometry.cluster_bits)
                 _report(
                     image,
                     f"OFLAG_COPIED L2 cluster: l1_index={start // 8 + index} "
@@ -64,19 +65,29 @@ async def _check_table(
     image: CheckedImage, stored: StoredRefcounts, offset: int, fix: bool
 ) -> None:
     geometry = image.geometry
+    size = geometry.l2_entry_size
     fix = fix and image.may_write_table(offset)
     data = await image.storage.read(offset, geometry.cluster_size)
     table, bitmaps = load_l2_table(data, geometry)
+    pieces = range(0, len(data), len(_ZEROS))
+    used = [at // size for at in pieces if data[at : at + len(_ZEROS)] != _ZEROS]
     window_bits, sound = geometry.cluster_bits + WINDOW_BITS, image.sound_windows
+    if geometry.data_file:
+        sound = set()
     faults = 0
-    for index, entry in enumerate(table):
+    for index in (index for start in used for index in range(start, start + len(_ZEROS) // size)):
+        entry = table[index]
         if (entry & OFFSET_MASK) >> window_bits in sound:
             continue
         if not entry & OFFSET_MASK or entry & COMPRESSED:
             continue
-        right = await _flagged(image, stored, entry)
+        right: int | None
+        if geometry.data_file:
+            # It has no refcounts, and nobody shares its clusters.
+            right, refcount = flagged(entry), 1
+        else:
+            right, refcount = await _flagged(image, stored, entry)
         if right is not None and right != entry:
-            refcount = await stored.get((entry & OFFSET_MASK) >> geometry.cluster_bits)
             _report(
                 image, f"OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={refcount}", fix
             )
@@ -86,13 +97,15 @@ async def _check_table(
         await image.write(offset, store_l2_table(table, bitmaps))
 
 
-async def _flagged(image: CheckedImage, stored: StoredRefcounts, entry: int) -> int | None:
-    """The entry with the flag as it should be, None if the refcount cannot be read."""
+async def _flagged(
+    image: CheckedImage, stored: StoredRefcounts, entry: int
+) -> tuple[int | None, int]:
+    """The entry with the flag as it should be, or None, and the refcount, if it can be read."""
     try:
         refcount = await stored.get((entry & OFFSET_MASK) >> image.geometry.cluster_bits)
     except BlockError:
-        return None
-    return entry | COPIED if refcount == 1 else entry & ~COPIED
+        return None, 0
+    return (entry | COPIED if refcount == 1 else entry & ~COPIED), refcount
 
 
 def _report(image: CheckedImage, what: str, fixed: bool) -> None:

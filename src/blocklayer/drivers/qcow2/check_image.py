@@ -21,7 +21,7 @@ from blocklayer.codec.qcow2.refcounts import decode_block
 from blocklayer.drivers.qcow2.recount import Recount
 from blocklayer.drivers.qcow2.storage import Storage
 from blocklayer.errors import CorruptionError
-from blocklayer.graph.driver import CheckResult
+from blocklayer.graph.checking import CheckResult
 from blocklayer.units import MIB, SECTOR
 
 _MAX_MESSAGES: Final = 100_000
@@ -40,6 +40,8 @@ class CheckedImage:
         self.repair = repair
         self.result = CheckResult(total_clusters=self.geometry.cluster_count(header.size))
         self.file_size = storage.size
+        self.data_end = 0
+        """Where the last cluster in a data file ends."""
         self.recount = Recount()
         self.outside = Recount()
         """References to clusters past the end of the file: nothing may be put there."""

@@ -34,7 +34,8 @@ from blocklayer.codec.qcow2.geometry import MAX_L1_TABLE_SIZE
 from blocklayer.codec.qcow2.snapshots import Snapshot, decode_table, table_size_bound
 from blocklayer.codec.qcow2.subclusters import ALLOCATED, bitmap_problem
 from blocklayer.codec.qcow2.validation import full_disk_encryption_area
-from blocklayer.drivers.qcow2.check_bitmaps import Contradictions
+from blocklayer.drivers.qcow2.check_bitmaps import Contradictions, contradiction
+from blocklayer.drivers.qcow2.check_data_file import count_table
 from blocklayer.drivers.qcow2.check_image import CheckedImage, StoredRefcounts
 from blocklayer.drivers.qcow2.recount import COPIED_REFERENCE, SHARED_REFERENCE
 from blocklayer.errors import BlockError, CorruptionError, FormatError
@@ -129,9 +130,10 @@ class Walk:
         for start in range(0, size * 8, _L1_CHUNK):
             length = min(_L1_CHUNK, size * 8 - start)
             entries = load_table(await image.storage.read(offset + start, length))
-            await self._count_tables([entry for entry in entries if entry])
+            indexes = [index for index, entry in enumerate(entries, start // 8) if entry]
+            await self._count_tables([entry for entry in entries if entry], indexes)
 
-    async def _count_tables(self, l1_entries: list[int]) -> None:
+    async def _count_tables(self, l1_entries: list[int], indexes: list[int]) -> None:
         """The L2 tables that these entries point at; tables that lie in a row are read as one."""
         image, cluster_size = self.image, self.image.geometry.cluster_size
         at_once = max(1, _READ_SIZE // cluster_size)
@@ -155,7 +157,9 @@ class Walk:
             for index, entry in enumerate(l1_entries[start:stop]):
                 self._refer_table(entry)
                 table = bytes(data[index * cluster_size : (index + 1) * cluster_size])
-                if image.geometry.extended_l2:
+                if image.geometry.data_file:
+                    count_table(image, table, indexes[start + index])
+                elif image.geometry.extended_l2:
                     await self._count_extended(table, offset + index * cluster_size)
                 else:
                     await self._count_table(table, offset + index * cluster_size)
@@ -216,9 +220,9 @@ class Walk:
         if not self._contradictions.any(entries, bitmaps):
             await self._count_table(entries, table_offset)
             return
-        self._expected = 0
+        self._expected, geometry = 0, self.image.geometry
         for index, entry in enumerate(load_table(entries)):
-            contradicts = bitmap_problem(entry, self._bitmaps[index]) is not None
+            contradicts = bitmap_problem(entry, self._bitmaps[index], geometry) is not None
             if contradicts or (entry and not self._count_plain((entry,))):
                 await self._count_odd_or_repair(entry, index, table_offset)
 
@@ -349,12 +353,8 @@ class Walk:
         if entry & self._reserved:
             image.corruption(f" found l2 entry with reserved bits set: {entry:x}")
         host = entry & OFFSET_MASK
-        if geometry.extended_l2 and bitmap_problem(entry, self._bitmaps[index]) is not None:
-            image.corruption(
-                f" offset={host:x}: Allocated cluster has corrupted subcluster allocation bitmap"
-                if host
-                else ": Unallocated cluster has non-zero subcluster allocation map"
-            )
+        if geometry.extended_l2 and bitmap_problem(entry, self._bitmaps[index], geometry):
+            image.corruption(contradiction(entry, geometry))
         if not host:
             return
         if host & geometry.cluster_mask:

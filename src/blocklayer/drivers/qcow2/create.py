@@ -2,41 +2,37 @@
 
 Public:
     Qcow2CreateOptions      the options, by the names of ``-o``
-    plan(geometry, size, *, mapped) -> Layout   where everything of a new image lies; pure
     new_header(options, layout) -> ImageHeader
-    refcount_pieces(layout)     (offset, bytes) of the refcount table and its blocks; pure
-    create(graph, target, options)              all of it
+    create(graph, target, options)              all of it, laid out by ``layout``
 
-1. Without preallocation the file is the one qemu-img writes, byte for byte, as long as its refcount
-   table fits in one cluster (with more clusters the order differs, as does a preallocated image's).
-2. The header comes last, in one write, after all else is on stable storage: a crash before leaves a
+1. The header comes last, in one write, after all else is on stable storage: a crash before leaves a
    file that no reader takes for an image.
-3. Refcount blocks count themselves, the table, and every cluster that the layout uses, no other.
+2. A data file is complete before the header names it. One that did not exist is removed again when
+   creation fails.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
 
-import msgspec
 from msgspec import Meta
 
 from blocklayer.codec.luks import new_header as new_luks_header
 from blocklayer.codec.qcow2.entries import COPIED, ZERO, store_table
-from blocklayer.codec.qcow2.geometry import MAX_REFCOUNT_TABLE_SIZE, Geometry
+from blocklayer.codec.qcow2.geometry import Geometry
 from blocklayer.codec.qcow2.header import (
+    AUTOCLEAR_DATA_FILE_RAW,
     COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSION_ZSTD,
     CRYPT_LUKS,
     EXTENSION_FULL_DISK_ENCRYPTION,
+    INCOMPATIBLE_DATA_FILE,
     INCOMPATIBLE_EXTENDED_L2,
     MAX_BACKING_FILE_SIZE,
     ImageHeader,
 )
-from blocklayer.codec.qcow2.refcounts import TYPECODES, encode_block
-from blocklayer.codec.qcow2.subclusters import store_l2_table
+from blocklayer.codec.qcow2.subclusters import ALLOCATED, store_l2_table
 from blocklayer.codec.qcow2.validation import encode_full_disk_encryption
 from blocklayer.drivers.crypto.options import (
     CipherName,
@@ -47,6 +43,7 @@ from blocklayer.drivers.crypto.options import (
     ModeName,
     VolumeOptions,
 )
+from blocklayer.drivers.qcow2.layout import Layout, plan, refcount_pieces
 from blocklayer.errors import UnsupportedError, UsageError
 from blocklayer.graph import io
 from blocklayer.graph.options import CreateOptions, Size
@@ -116,6 +113,11 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True, rename=_ENCRYPT_NAMES):
     ] = None
     backing_file: Annotated[str | None, Meta(description="File name of a base image")] = None
     backing_fmt: Annotated[str | None, Meta(description="Image format of the base image")] = None
+    data_file: Annotated[str | None, Meta(description="File name of an external data file")] = None
+    data_file_raw: Annotated[
+        bool | None,
+        Meta(description="The external data file must stay valid as a raw image"),
+    ] = None
     lazy_refcounts: Annotated[bool, Meta(description="Postpone refcount updates")] = False
     refcount_bits: Annotated[int, Meta(description="Width of a reference count entry in bits")] = 16
 
@@ -132,7 +134,13 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True, rename=_ENCRYPT_NAMES):
             version=self.version,
             refcount_order=self.refcount_bits.bit_length() - 1,
             extended_l2=self.extended_l2,
+            data_file=self.data_file is not None,
         )
+
+    @property
+    def mapped(self) -> bool:
+        """Whether every cluster has its place from the start; a raw data file is the whole disk."""
+        return self.preallocation not in (None, "off") or bool(self.data_file_raw)
 
     @property
     def volume(self) -> VolumeOptions:
@@ -167,6 +175,7 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True, rename=_ENCRYPT_NAMES):
         self._validate_encryption()
         if self.version < 3:
             self._validate_version_2()
+        self._validate_data_file()
         self._validate_backing()
         if align_up(self.size, SECTOR) > self.geometry.max_size:
             raise UsageError(
@@ -231,6 +240,26 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True, rename=_ENCRYPT_NAMES):
         if self.compression_type != "zlib":
             raise UsageError(f"Non-zlib compression type is only supported with {newer}")
 
+    def _validate_data_file(self) -> None:
+        if self.data_file is None:
+            if self.data_file_raw:
+                raise UsageError("data-file-raw requires data-file")
+            return
+        if not self.data_file:
+            raise UsageError("Expected data file name, got empty string")
+        if self.version < 3:
+            raise UsageError(
+                "External data files are only supported with compatibility level 1.1 and above "
+                "(use version=v3 or greater)"
+            )
+        if self.data_file_raw and self.backing_file:
+            raise UsageError("Backing file and data-file-raw cannot be used at the same time")
+        if self.data_file_raw and self.encrypt_format is not None:
+            raise UsageError(
+                "The data file of an encrypted image holds cipher text: it cannot be data-file-raw"
+            )
+        self._validate_header()
+
     def _validate_backing(self) -> None:
         if self.backing_file == "":
             raise UsageError("Expected backing file name, got empty string")
@@ -248,101 +277,11 @@ class Qcow2CreateOptions(CreateOptions, kw_only=True, rename=_ENCRYPT_NAMES):
                 f"Backing file name '{self.backing_file[:64]}…' is longer than "
                 f"{MAX_BACKING_FILE_SIZE} bytes"
             )
-        # Nothing of the layout changes the header's length: one that does not fit shows here.
+        self._validate_header()
+
+    def _validate_header(self) -> None:
+        """Raise unless all names fit into it; nothing of the layout changes its length."""
         new_header(self, plan(self.geometry, 0, crypto=self.encryption_header_size)).encode()
-
-
-class Layout(msgspec.Struct, frozen=True):
-    """Where everything of a new image lies. Offsets in bytes."""
-
-    geometry: Geometry
-    size: int
-    table_clusters: int
-    l1_offset: int
-    l1_size: int
-    l2_offset: int
-    """The first L2 table; all are contiguous. 0 if nothing is mapped."""
-    data_offset: int
-    """The first data cluster; all are contiguous."""
-    data_clusters: int
-    blocks: list[tuple[int, int]]
-    """(index in the refcount table, offset) of every refcount block, by offset."""
-    used_clusters: int
-    file_size: int
-    crypto_offset: int = 0
-    """The LUKS header, 0 if there is none."""
-    crypto_size: int = 0
-
-    @property
-    def table_offset(self) -> int:
-        """Offset of the refcount table."""
-        return self.geometry.cluster_size
-
-
-def plan(geometry: Geometry, size: int, *, mapped: bool = False, crypto: int = 0) -> Layout:
-    """Where everything goes in an image of ``size`` bytes; ``mapped``: all clusters preallocated,
-    ``crypto``: bytes of a LUKS header.
-
-    Header, refcount table and first refcount block lead, then the L1 table, the LUKS header, what
-    is mapped, and the refcount blocks that all this needs besides the first.
-    """
-    l1_size = geometry.l1_entries(size)
-    l1_clusters = geometry.cluster_count(l1_size * 8)
-    l2_clusters = l1_size if mapped else 0
-    data_clusters = geometry.cluster_count(size) if mapped else 0
-    crypto_clusters = geometry.cluster_count(crypto)
-    content = l1_clusters + crypto_clusters + l2_clusters + data_clusters
-    table_clusters = 1
-    while True:
-        first = table_clusters + 2
-        placed, used = _place_blocks(geometry.refcount_block_entries, first - 1, first + content)
-        needed = geometry.cluster_count(8 * len(placed))
-        if needed <= table_clusters:
-            break
-        table_clusters = needed
-    if table_clusters << geometry.cluster_bits > MAX_REFCOUNT_TABLE_SIZE:
-        raise UsageError(
-            "The image size is too large to preallocate (try using a larger cluster size)"
-        )
-    bits = geometry.cluster_bits
-    # qemu-img ends the file with the last entry of an L1 table that comes last.
-    ends_in_l1 = len(placed) == 1 and not mapped and not crypto and l1_size
-    after = first + l1_clusters + crypto_clusters
-    return Layout(
-        geometry=geometry,
-        size=size,
-        table_clusters=table_clusters,
-        l1_offset=first << bits if l1_size else 0,
-        l1_size=l1_size,
-        crypto_offset=(first + l1_clusters) << bits if crypto else 0,
-        crypto_size=crypto,
-        l2_offset=after << bits if mapped else 0,
-        data_offset=(after + l2_clusters) << bits,
-        data_clusters=data_clusters,
-        blocks=[(index, cluster << bits) for index, cluster in placed],
-        used_clusters=used,
-        file_size=(first << bits) + l1_size * 8 if ends_in_l1 else used << bits,
-    )
-
-
-def _place_blocks(entries: int, first_block: int, end: int) -> tuple[list[tuple[int, int]], int]:
-    """Refcount blocks for clusters ``[0, end)``, and for themselves, from ``end`` on.
-
-    The answer lists them as (index, cluster), and says where free clusters begin.
-    """
-    placed = [(0, first_block)]
-    known = {0}
-    index = 0
-    while index * entries < end:
-        wanted = index
-        # A block may be the first cluster of a range that has no block yet.
-        while wanted not in known:
-            placed.append((wanted, end))
-            known.add(wanted)
-            wanted = end // entries
-            end += 1
-        index += 1
-    return placed, end
 
 
 def new_header(options: Qcow2CreateOptions, layout: Layout) -> ImageHeader:
@@ -360,6 +299,11 @@ def new_header(options: Qcow2CreateOptions, layout: Layout) -> ImageHeader:
         refcount_order=layout.geometry.refcount_order,
         backing_file=options.backing_file,
     )
+    if options.data_file is not None:
+        header.incompatible_features |= INCOMPATIBLE_DATA_FILE
+        header.data_file = options.data_file
+        if options.data_file_raw:
+            header.autoclear_features |= AUTOCLEAR_DATA_FILE_RAW
     if options.compression_type == "zstd":
         header.compression_type = COMPRESSION_ZSTD
     if options.backing_file is not None and options.backing_fmt is not None:
@@ -375,16 +319,33 @@ def new_header(options: Qcow2CreateOptions, layout: Layout) -> ImageHeader:
 async def create(graph: Graph, target: Node, options: Qcow2CreateOptions) -> None:
     """Write a new image to ``target``, an open writable protocol node."""
     options.validate()
-    mapped = options.preallocation not in (None, "off")
-    crypto = options.encryption_header_size
-    layout = plan(options.geometry, align_up(options.size, SECTOR), mapped=mapped, crypto=crypto)
+    size, crypto = align_up(options.size, SECTOR), options.encryption_header_size
+    layout = plan(options.geometry, size, mapped=options.mapped, crypto=crypto)
+    if options.data_file is None:
+        await _write_image(graph, target, options, layout, options.preallocation)
+        return
+    from blocklayer.drivers.qcow2.create_data_file import created_data_file
+
+    async with created_data_file(graph, target, options, size):
+        await _write_image(graph, target, options, layout, None)
+
+
+async def _write_image(
+    graph: Graph,
+    target: Node,
+    options: Qcow2CreateOptions,
+    layout: Layout,
+    preallocation: str | None,
+) -> None:
     header = new_header(options, layout).encode()
-    await _make_room(target, layout, options.preallocation)
+    await _make_room(target, layout, preallocation)
     for offset, data in refcount_pieces(layout):
         await io.write(target, offset, data)
-    if mapped:
-        await _write_mapping(target, layout)
-    if crypto:
+    if options.mapped:
+        # Of a preallocated cluster no subcluster has data: what is below shows through. A raw data
+        # file is all data.
+        await _write_mapping(target, layout, ALLOCATED if options.data_file_raw else 0)
+    if layout.crypto_size:
         await _write_key_slots(graph, target, layout, options)
     await io.flush(target)
     await io.write(target, 0, header[: layout.file_size])
@@ -422,32 +383,11 @@ async def _make_room(target: Node, layout: Layout, preallocation: str | None) ->
     await io.write_zeroes(target, 0, layout.file_size, unmap=unmap)
 
 
-def refcount_pieces(layout: Layout) -> Iterator[tuple[int, bytes]]:
-    """The refcount table and its blocks, each with its place in the file."""
-    geometry = layout.geometry
-    table = array("Q", bytes(layout.table_clusters << geometry.cluster_bits))
-    for index, offset in layout.blocks:
-        table[index] = offset
-    yield layout.table_offset, store_table(table)
-    # The first block lies apart, all others are contiguous.
-    yield layout.blocks[0][1], _block(layout, 0)
-    at_once = max(1, _CHUNK >> geometry.cluster_bits)
-    for start in range(1, len(layout.blocks), at_once):
-        part = layout.blocks[start : start + at_once]
-        yield part[0][1], b"".join(_block(layout, index) for index, _ in part)
+async def _write_mapping(target: Node, layout: Layout, bitmap: int) -> None:
+    """L1 and L2 tables that map every guest cluster to the data clusters, in order.
 
-
-def _block(layout: Layout, index: int) -> bytes:
-    """Refcount block ``index``: one reference for each used cluster."""
-    entries = layout.geometry.refcount_block_entries
-    order = layout.geometry.refcount_order
-    used = min(max(layout.used_clusters - index * entries, 0), entries)
-    counts = array(TYPECODES[order], (1,)) * used + array(TYPECODES[order], (0,)) * (entries - used)
-    return encode_block(counts, order)
-
-
-async def _write_mapping(target: Node, layout: Layout) -> None:
-    """L1 and L2 tables that map every guest cluster to the data clusters, in order."""
+    ``bitmap`` goes beside every extended entry.
+    """
     if not layout.l1_size:
         return
     geometry = layout.geometry
@@ -466,8 +406,7 @@ async def _write_mapping(target: Node, layout: Layout) -> None:
             flags,
         )
         offset = layout.l2_offset + start * geometry.l2_entry_size
-        # Of a preallocated cluster no subcluster has data: what is below shows through.
-        bitmaps = array("Q", bytes(8 * count)) if geometry.extended_l2 else None
+        bitmaps = array("Q", (bitmap,)) * count if geometry.extended_l2 else None
         await io.write(target, offset, store_l2_table(entries, bitmaps))
 
 

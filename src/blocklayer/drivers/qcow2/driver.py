@@ -4,13 +4,16 @@
    understood are cleared, and refcounts that the dirty bit calls untrusted are rebuilt.
 2. Metadata that contradicts itself stops the request with a CorruptionError. In an image open for
    writing, the corrupt bit is set and writes are refused from then on; reads go on (R4).
-3. Closing writes everything back, in the order of a flush, then what lazy refcounts left out, then
+3. What cannot be had with a data file (snapshots, compressed clusters) is refused before anything
+   happens.
+4. Closing writes everything back, in the order of a flush, then what lazy refcounts left out, then
    the persistent bitmaps.
 """
 
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -18,14 +21,8 @@ from msgspec import UNSET
 
 from blocklayer.codec.qcow2 import header as qcow2_header
 from blocklayer.codec.qcow2.geometry import Geometry
-from blocklayer.codec.qcow2.header import ImageHeader, decode_header, probe_cluster_bits
-from blocklayer.codec.qcow2.snapshots import (
-    decode_table,
-    table_size_bound,
-    validate_snapshot,
-)
-from blocklayer.codec.qcow2.validation import validate
-from blocklayer.drivers.qcow2 import flushing
+from blocklayer.codec.qcow2.header import ImageHeader
+from blocklayer.drivers.qcow2 import data_file, flushing
 from blocklayer.drivers.qcow2.bitmaps import BitmapKeeper, StoredBitmaps
 from blocklayer.drivers.qcow2.compression import Compressor
 from blocklayer.drivers.qcow2.encryption import Encryption, EncryptOptions, refuse_compression
@@ -33,31 +30,27 @@ from blocklayer.drivers.qcow2.image import Image
 from blocklayer.drivers.qcow2.info import Qcow2Info, snapshot_info, specific_info
 from blocklayer.drivers.qcow2.making import Qcow2Maker
 from blocklayer.drivers.qcow2.mapping import Mapping
+from blocklayer.drivers.qcow2.reading import load_snapshots, read_header
 from blocklayer.drivers.qcow2.resizing import Resizer
 from blocklayer.drivers.qcow2.settings import Qcow2Options, Settings
 from blocklayer.drivers.qcow2.storage import Storage
 from blocklayer.drivers.qcow2.writing import Writer
 from blocklayer.drivers.qcow2.zeroing import Zeroer
-from blocklayer.errors import BlockError, CorruptionError, FormatError, UnsupportedError
+from blocklayer.errors import BlockError, CorruptionError, UnsupportedError
 from blocklayer.graph import options as graph_options
-from blocklayer.graph.driver import (
-    BackingReference,
-    Buffer,
-    CheckResult,
-    DriverInfo,
-    SnapshotInfo,
-)
+from blocklayer.graph.checking import CheckResult
+from blocklayer.graph.driver import BackingReference, Buffer, DriverInfo, SnapshotInfo
 from blocklayer.graph.extent import Allocation, Extent
 from blocklayer.graph.waiting import in_place
 from blocklayer.units import align_up
 
 if TYPE_CHECKING:
     from blocklayer.drivers.qcow2.snapshots import Snapshots
+    from blocklayer.graph.checking import Rehearsal
 
 T = TypeVar("T")
 
-_HEADER_PROBE_SIZE = 112
-_KNOWN_AUTOCLEAR = qcow2_header.AUTOCLEAR_BITMAPS
+_KNOWN_AUTOCLEAR = qcow2_header.AUTOCLEAR_BITMAPS | qcow2_header.AUTOCLEAR_DATA_FILE_RAW
 
 
 class Qcow2Driver(Qcow2Maker, BitmapKeeper):
@@ -87,13 +80,14 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         assert isinstance(options, Qcow2Options)
         await self.node.open_child("file", options.file)
         storage = Storage(self.node.children["file"])
-        header = await self._read_header(storage)
-        self._check_supported(header)
+        header = await read_header(storage)
+        await data_file.open_child(self.node, header)
         encrypt = EncryptOptions() if options.encrypt is UNSET else options.encrypt
-        self.encryption = await Encryption.open(self.node, storage, header, encrypt)
+        data = data_file.storage_of(self.node, storage, header)
+        self.encryption = await Encryption.open(self.node, storage, data, header, encrypt)
         self._assemble(storage, header)
         await self.image.load_l1()
-        await self._load_snapshots()
+        await load_snapshots(self.image)
         if not self.node.flags.repair:
             await self.stored_bitmaps.read_directory()
             self.stored_bitmaps.attach()
@@ -102,34 +96,13 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         self._clean_timer: asyncio.TimerHandle | None = None
         self._schedule_cleaning()
 
-    async def _read_header(self, storage: Storage) -> ImageHeader:
-        head = await storage.read(0, _HEADER_PROBE_SIZE)
-        try:
-            bits = probe_cluster_bits(head)
-            header = decode_header(await storage.read(0, 1 << bits))
-            validate(header)
-        except (FormatError, UnsupportedError) as error:
-            raise type(error)(f"Could not open '{storage.node.filename}': {error}") from None
-        return header
-
-    def _check_supported(self, header: ImageHeader) -> None:
-        features = {
-            "an external data file": header.has_data_file,
-        }
-        used = [name for name, present in features.items() if present]
-        if used:
-            raise UnsupportedError(
-                f"Could not open '{self.node.children['file'].node.filename}': the image uses "
-                + " and ".join(used)
-                + ", which this version does not support"
-            )
-
     def _assemble(self, storage: Storage, header: ImageHeader) -> None:
         """Build the parts around the image's state."""
         node, options = self.node, self.node.options
         assert isinstance(options, Qcow2Options)
         settings = Settings.make(options, node.flags, header, Geometry.of(header))
-        self.image = image = Image(node, storage, header, settings)
+        data = data_file.storage_of(node, storage, header)
+        self.image = image = Image(node, storage, data, header, settings)
         image.encryption = self.encryption
         self.stored_bitmaps = StoredBitmaps(image)
         if header.extended_l2:
@@ -151,21 +124,6 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         self.allocation_unit = header.cluster_size
         self.zero_alignment = self.discard_alignment = image.geometry.subcluster_size
 
-    async def _load_snapshots(self) -> None:
-        image, count = self.image, self.image.header.nb_snapshots
-        if not count:
-            return
-        start = image.header.snapshots_offset
-        length = min(table_size_bound(count), max(0, image.storage.size - start))
-        try:
-            image.snapshots, _ = decode_table(await image.storage.read(start, length), count)
-            for snapshot in image.snapshots:
-                validate_snapshot(snapshot, image.geometry)
-        except FormatError as error:
-            raise FormatError(
-                f"Could not read the snapshots of '{self.node.filename}': {error}"
-            ) from None
-
     async def _become_writer(self) -> None:
         """What the format demands before an image may be written."""
         image, header = self.image, self.image.header
@@ -176,6 +134,8 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
                 f"Could not open '{image.storage.node.filename}': qcow2: Image is corrupt; "
                 "cannot be opened read/write"
             )
+        if header.has_data_file:
+            await image.data.reserve(header.size)
         if header.autoclear_features & ~_KNOWN_AUTOCLEAR:
             await image.update_header(
                 autoclear_features=header.autoclear_features & _KNOWN_AUTOCLEAR
@@ -189,9 +149,11 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
     async def reload(self) -> None:
         """Read everything anew: a repair has rewritten the image below its caches."""
         storage = self.image.storage
-        self._assemble(storage, await self._read_header(storage))
+        # It may take 32 MiB, and cycles keep the old state for a while.
+        self.image.l1 = array("Q")
+        self._assemble(storage, await read_header(storage))
         await self.image.load_l1()
-        await self._load_snapshots()
+        await load_snapshots(self.image)
         if not self.node.flags.repair:
             await self.stored_bitmaps.read_directory()
         self.node.mapping_changed()
@@ -342,6 +304,7 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:
         """Store clusters compressed."""
+        data_file.refuse(self.image, "compressed clusters")
         refuse_compression(self.encryption)
         try:
             await self.compressor.write(offset, data)
@@ -350,11 +313,13 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
 
     def pack(self, data: Buffer, level: int | None = None) -> bytes | None:
         """Compress one cluster."""
+        data_file.refuse(self.image, "compressed clusters")
         refuse_compression(self.encryption)
         return self.compressor.pack(data, level)
 
     async def write_packed(self, offset: int, parts: Sequence[bytes]) -> None:
         """Store compressed clusters."""
+        data_file.refuse(self.image, "compressed clusters")
         try:
             await self.compressor.write_packed(offset, parts)
         except CorruptionError as error:
@@ -386,6 +351,8 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
 
     async def change_backing(self, reference: BackingReference | None) -> None:
         """Rewrite the backing file's name and format in the header."""
+        if reference is not None:
+            data_file.refuse_backing(self.image)
         async with self.image.lock:
             self.node.check_writable()
             await self.image.update_header(
@@ -442,6 +409,7 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
     async def _on_snapshots(self, do: Callable[[Snapshots], Awaitable[T]]) -> T:
         from blocklayer.drivers.qcow2.snapshots import Snapshots
 
+        data_file.refuse(self.image, "internal snapshots")
         try:
             async with self.image.lock:
                 return await do(Snapshots(self.image, self.mapping, self.writer))
@@ -463,3 +431,9 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         from blocklayer.drivers.qcow2.check import check
 
         return await check(self, repair)
+
+    async def rehearse(self, repair: frozenset[str]) -> Rehearsal:
+        """Do all that ``check`` does, on a shadow of the file."""
+        from blocklayer.drivers.qcow2.rehearsal import rehearse
+
+        return await rehearse(self, repair)

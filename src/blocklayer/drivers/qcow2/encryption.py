@@ -63,9 +63,17 @@ class Encryption:
 
     @classmethod
     async def open(
-        cls, node: Node, storage: Storage, header: ImageHeader, options: EncryptOptions
+        cls,
+        node: Node,
+        storage: Storage,
+        data: Storage,
+        header: ImageHeader,
+        options: EncryptOptions,
     ) -> Encryption | None:
-        """What ``header`` asks for, unlocked unless only metadata is wanted; None if nothing."""
+        """What ``header`` asks for, unlocked unless only metadata is wanted; None if nothing.
+
+        Keys are in ``storage``, what they encrypt in ``data``.
+        """
         format = _FORMATS.get(header.crypt_method)
         if format is None:
             if options.format is not UNSET:
@@ -86,10 +94,10 @@ class Encryption:
             slots = await _load_slots(node, storage, header)
         found = cls(node, format, slots)
         if not node.flags.metadata_only:
-            await found._unlock(storage, options.key_secret)
+            await found._unlock(data, options.key_secret)
         return found
 
-    async def _unlock(self, storage: Storage, secret: str | UnsetType) -> None:
+    async def _unlock(self, data: Storage, secret: str | UnsetType) -> None:
         from blocklayer.codec.luks import CipherSpec
         from blocklayer.drivers.crypto.cipher import SectorCipher
         from blocklayer.drivers.crypto.sealed import Sealed
@@ -111,7 +119,7 @@ class Encryption:
         else:
             spec = CipherSpec(key_size=_AES_KEY_SIZE, mode="cbc", ivgen="plain64")
             self._key = bytearray(passphrase[:_AES_KEY_SIZE].ljust(_AES_KEY_SIZE, b"\0"))
-        self._sealed = Sealed(storage, SectorCipher(spec, self._key))
+        self._sealed = Sealed(data, SectorCipher(spec, self._key))
 
     @staticmethod
     def _no_key() -> UsageError:

@@ -29,9 +29,11 @@ async def flush(image: Image) -> None:
         if image.l1_dirty:
             await image.barrier()
             await image.write_l1()
-    elif not image.settings.lazy_refcounts:
-        await write_refcounts(image)
-    await image.barrier()
+        await image.barrier()
+    else:
+        if not image.settings.lazy_refcounts:
+            await write_refcounts(image)
+        await image.data_barrier()
     image.frees.settled()
     await image.frees.apply()
 
@@ -43,7 +45,7 @@ async def write_mapping(image: Image) -> None:
     elif image.refcounts.dirty:
         await image.set_dirty(True)
     # Guest data, new L2 tables and what A wrote come before the entries that point at them.
-    await image.barrier()
+    await image.data_barrier()
     await image.slices.write()
 
 
@@ -86,4 +88,14 @@ async def _trim(image: Image) -> None:
     end = await image.refcounts.end_of_use()
     if end < image.storage.size:
         await image.storage.truncate(end)
+    if image.geometry.data_file:
+        await _trim_data_file(image)
     image.trim = False
+
+
+async def _trim_data_file(image: Image) -> None:
+    """Cut what requests may have written past a new end, and free what an emptied layer held."""
+    if image.data.size > image.header.size:
+        await image.data.truncate(image.header.size)
+    if not any(image.l1) and not image.data_file_raw:
+        await image.data.free(0, image.header.size)

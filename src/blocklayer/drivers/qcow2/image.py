@@ -25,7 +25,10 @@ from blocklayer.codec.qcow2.entries import (
     store_table,
 )
 from blocklayer.codec.qcow2.geometry import Geometry
-from blocklayer.codec.qcow2.header import INCOMPATIBLE_DIRTY, ImageHeader
+from blocklayer.codec.qcow2.header import (
+    INCOMPATIBLE_DIRTY,
+    ImageHeader,
+)
 from blocklayer.codec.qcow2.rewriting import rewriting
 from blocklayer.codec.qcow2.snapshots import Snapshot
 from blocklayer.codec.qcow2.validation import full_disk_encryption_area
@@ -39,7 +42,7 @@ from blocklayer.drivers.qcow2.slices import SliceCache
 from blocklayer.drivers.qcow2.storage import Storage
 from blocklayer.errors import BlockError, CorruptionError
 from blocklayer.graph.node import Node
-from blocklayer.units import SECTOR
+from blocklayer.units import SECTOR, align_up
 
 L1_SECTOR_ENTRIES: Final = SECTOR // 8
 
@@ -48,10 +51,13 @@ class Image:
     """Header, L1 table and caches of an open image."""
 
     def __init__(
-        self, node: Node, storage: Storage, header: ImageHeader, settings: Settings
+        self, node: Node, storage: Storage, data: Storage, header: ImageHeader, settings: Settings
     ) -> None:
         self.node = node
         self.storage = storage
+        """Where metadata live."""
+        self.data = data
+        """Where guest data live: in ``storage`` too, or in a data file, each at its own offset."""
         self.header = header
         self.geometry = Geometry.of(header)
         self.settings = settings
@@ -77,6 +83,20 @@ class Image:
     def writable(self) -> bool:
         """Whether guest writes are taken."""
         return not self.node.flags.read_only and self.node.poisoned is None
+
+    @property
+    def data_file_raw(self) -> bool:
+        """Whether the data file is to be, at every moment, the disk as a raw image.
+
+        Cipher text never is one, whatever the header says.
+        """
+        return self.header.data_file_raw and self.encryption is None
+
+    @property
+    def data_end(self) -> int:
+        """How long a data file is to be: as the disk, though only whole sectors are encrypted."""
+        size = self.header.size
+        return size if self.encryption is None else align_up(size, SECTOR)
 
     async def load_l1(self) -> None:
         """Read the active L1 table."""
@@ -157,7 +177,13 @@ class Image:
                         guard.add(overlap.INACTIVE_L2, entry & OFFSET_MASK, cluster_size)
 
     async def barrier(self) -> None:
-        """What was written before is on stable storage before what is written after."""
+        """Metadata written before are on stable storage before what is written after."""
+        await self.storage.flush()
+
+    async def data_barrier(self) -> None:
+        """Guest data and metadata written before are on stable storage."""
+        if self.data is not self.storage:
+            await self.data.flush()
         await self.storage.flush()
 
     async def update_header(self, **changes: Any) -> None:

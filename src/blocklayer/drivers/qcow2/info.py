@@ -25,7 +25,9 @@ class Qcow2Info(msgspec.Struct, rename="kebab", omit_defaults=True, kw_only=True
     lazy_refcounts: bool | None = None
     bitmaps: list[Qcow2BitmapInfo] | None = None
     refcount_bits: int
+    data_file: str | None = None
     encrypt: LuksInfo | AesInfo | None = None
+    data_file_raw: bool | None = None
     corrupt: bool | None = None
     extended_l2: bool | None = None
 
@@ -40,6 +42,9 @@ def specific_info(image: Image, bitmaps: list[Qcow2BitmapInfo]) -> Qcow2Info:
         refcount_bits=image.geometry.refcount_bits,
         encrypt=None if image.encryption is None else image.encryption.info(),
     )
+    if header.has_data_file:
+        info.data_file = header.data_file or None
+        info.data_file_raw = header.data_file_raw
     if header.version == 3:
         lazy = header.compatible_features & qcow2_header.COMPATIBLE_LAZY_REFCOUNTS
         corrupt = header.incompatible_features & qcow2_header.INCOMPATIBLE_CORRUPT

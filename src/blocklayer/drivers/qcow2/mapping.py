@@ -4,6 +4,8 @@
 2. A run goes on across L2 slices while the entries go on alike, as far as was asked and slices are
    at hand; a few more are read for it.
 3. Writes in place are promised only for clusters that nobody shares and that hit no metadata.
+4. In a data file every cluster lies at its guest offset, and nowhere else; those of a raw one do
+   even where the tables say nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from blocklayer.codec.qcow2.entries import (
     OFFSET_MASK,
     ZERO,
     l2_problem,
+    misplaced,
 )
 from blocklayer.drivers.qcow2.slices import Slice
 from blocklayer.errors import CorruptionError
@@ -41,6 +44,8 @@ class Mapping:
         self._l2_bits = geometry.l2_bits
         self._cluster_size = geometry.cluster_size
         self._cluster_mask = geometry.cluster_mask
+        self._data_file = geometry.data_file
+        self._held = geometry.held_mask
         self._bad = L2_RESERVED | (OFFSET_MASK & geometry.cluster_mask)
         if geometry.version == 2:
             self._bad |= ZERO
@@ -65,9 +70,9 @@ class Mapping:
             index = first & cache.mask
             count = found.compressed_end(index, min(cache.entries, index + need)) - index
         else:
-            if entry & self._bad:
+            if entry & self._bad or self._data_file:
                 self.check(entry, first)
-            step = self._cluster_size if entry & OFFSET_MASK else 0
+            step = self._cluster_size if entry & self._held else 0
             if need == 1 or (found and found.ends_at(first & cache.mask, step)):
                 count = 1
             else:
@@ -86,7 +91,7 @@ class Mapping:
         return self._extent(entry, offset, length)
 
     def _extent(self, entry: int, offset: int, length: int) -> Extent:
-        child = self._image.storage.child
+        child = self._image.data.child
         if entry & COMPRESSED:
             return Extent(offset, length, Kind.OPAQUE, compressed=True)
         place = entry & OFFSET_MASK
@@ -95,8 +100,10 @@ class Mapping:
                 return Extent(offset, length, Kind.ZERO)
             place += offset & self._cluster_mask
             return Extent(offset, length, Kind.ZERO, place, child)
-        if not place:
-            return Extent(offset, length, Kind.UNALLOCATED)
+        if not entry & self._held:
+            # A raw data file is the whole disk: nothing shows through it.
+            kind = Kind.ZERO if self._image.data_file_raw else Kind.UNALLOCATED
+            return Extent(offset, length, kind)
         place += offset & self._cluster_mask
         writable = bool(entry & COPIED) and self._image.writable
         return Extent(offset, length, Kind.DATA, place, child, writable, recurse=True)
@@ -109,6 +116,10 @@ class Mapping:
 
     async def _is_sparse(self) -> bool:
         image = self._image
+        if image.data_file_raw:
+            # Its zeros are holes, not entries.
+            present = image.data.node.driver.actual_size()
+            return present is None or present < image.data.size
         present = image.storage.node.driver.actual_size()
         if present is None or present >= image.storage.size:
             return False
@@ -175,6 +186,10 @@ class Mapping:
     async def _verify(self, found: Slice, offset: int) -> None:
         """Make sure that no entry of the slice lets plain writes hit metadata."""
         image = self._image
+        if self._data_file:
+            # No metadata there, and every entry is compared with its place when it is looked up.
+            found.checked = image.overlap.version
+            return
         if not image.overlap.complete:
             async with image.lock:
                 if not image.overlap.complete:
@@ -189,6 +204,8 @@ class Mapping:
     def check(self, entry: int, cluster: int) -> None:
         """Raise CorruptionError if the entry of guest cluster ``cluster`` cannot be followed."""
         problem = l2_problem(entry, self._image.geometry)
+        if problem is None and self._data_file:
+            problem = misplaced(entry, cluster << self._bits)
         if problem is not None:
             raise CorruptionError(
                 f"L2 entry {entry:#018x} of guest offset {cluster << self._bits:#x}: {problem}"
@@ -196,7 +213,8 @@ class Mapping:
 
     def references(self, entries: array[int], first: int) -> list[tuple[int, int]]:
         """The (first, count) runs of host clusters that these entries of guest clusters hold."""
-        if entries.count(0) == len(entries):
+        if self._data_file or entries.count(0) == len(entries):
+            # Clusters of a data file have no refcounts.
             return []
         runs: list[tuple[int, int]] = []
         after = -1

@@ -2,7 +2,9 @@
 
 1. A larger size is in the header only after what it exposes reads as zeros; a smaller one before
    anything past it is dropped. A crash in between leaks, and changes no guest byte.
-2. A new L1 table is complete and durable before the header names it, and the old one free only
+2. A data file is as long as the disk; the new part of a raw one is mapped, and reads as zeros in
+   itself.
+3. A new L1 table is complete and durable before the header names it, and the old one free only
    after.
 """
 
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from blocklayer.codec.qcow2.entries import COPIED, ZERO, store_table
 from blocklayer.codec.qcow2.geometry import MAX_L1_TABLE_SIZE
+from blocklayer.codec.qcow2.subclusters import ALLOCATED
 from blocklayer.drivers.qcow2 import flushing, overlap
 from blocklayer.drivers.qcow2.frees import Reason
 from blocklayer.errors import UnsupportedError, UsageError
@@ -77,9 +80,14 @@ class Resizer:
         image = self._image
         await self.reach(size)
         await self._drop_tables(image.geometry.l1_entries(old))
-        await self._clear_exposed(old, size)
-        if preallocation != "off":
-            await self.preallocate(align_up(old, self._size), size, preallocation)
+        if image.geometry.data_file:
+            await self._grow_data_file(old, size, preallocation)
+        if image.data_file_raw:
+            await self.preallocate(align_down(old, self._size), size, "metadata")
+        else:
+            await self._clear_exposed(old, size)
+            if preallocation != "off":
+                await self.preallocate(align_up(old, self._size), size, preallocation)
         async with image.lock:
             await flushing.flush(image)
             await image.update_header(size=size)
@@ -107,6 +115,15 @@ class Resizer:
                 async with image.lock:
                     await self._writer.begin()
                     await self._zeroer.drop_table(l1_index, Reason.ALWAYS)
+
+    async def _grow_data_file(self, old: int, size: int, preallocation: str) -> None:
+        """Let the data file be as long as the disk, and in what it gains read as zeros."""
+        data = self._image.data
+        allocated = preallocation in ("falloc", "full")
+        if data.size > old:
+            await data.zero(old, size - old, unmap=not allocated)
+        if data.size < size:
+            await data.truncate(size, preallocation if allocated else "off")
 
     async def _clear_exposed(self, old: int, size: int) -> None:
         """Make ``[old, size)`` read as zeros: the rest of the last cluster, and what is below."""
@@ -146,9 +163,7 @@ class Resizer:
         plain = self._image.encryption is None
         if plain and extent.writable and extent.host_offset is not None:
             inside = old - start
-            await self._image.storage.write(
-                extent.host_offset + inside, io.zeros(self._unit - inside)
-            )
+            await self._image.data.write(extent.host_offset + inside, io.zeros(self._unit - inside))
             return
         kept = await io.read(self._image.node, start, old - start)
         await self._writer.write_cluster(start, kept + bytes(self._unit - len(kept)))
@@ -168,12 +183,10 @@ class Resizer:
                 await self._writer.ensure_table(table)
                 count = min(last, (table + 1) << image.geometry.l2_bits) - cluster
                 count = min(count, max(1, _CHUNK >> bits))
-                host, count = await image.refcounts.allocator.allocate(count)
-                try:
-                    await self._reserve(host << bits, count << bits, mode)
-                except BaseException:
-                    await image.refcounts.release(host, count)
-                    raise
+                if image.geometry.data_file:
+                    host = cluster
+                else:
+                    host, count = await self._allocate(count, mode)
                 while count:
                     found, index = await self._writer.entries(cluster)
                     part = min(count, len(found.entries) - index)
@@ -181,8 +194,21 @@ class Resizer:
                     entries = array("Q", range(first, first + (part << bits), self._size))
                     # Subclusters that hide what is below go on doing so.
                     _, bitmaps = found.part(index, part)
+                    if bitmaps is not None and image.data_file_raw:
+                        bitmaps = array("Q", (ALLOCATED,)) * part
                     self._writer.publish(found, index, cluster, entries, bitmaps=bitmaps)
                     cluster, host, count = cluster + part, host + part, count - part
+
+    async def _allocate(self, count: int, mode: str) -> tuple[int, int]:
+        """Up to ``count`` clusters that read as zeros: the first, and how many there are."""
+        allocator, bits = self._image.refcounts.allocator, self._bits
+        host, count = await allocator.allocate(count)
+        try:
+            await self._reserve(host << bits, count << bits, mode)
+        except BaseException:
+            await self._image.refcounts.release(host, count)
+            raise
+        return host, count
 
     @property
     def _preallocated(self) -> int:
@@ -248,6 +274,8 @@ class Resizer:
             await flushing.flush(image)
             await self._shrink_l1(kept)
             await flushing.flush(image)
+        if geometry.data_file and image.data.size > size:
+            await image.data.truncate(size)
         # What was dropped may still be in use by requests: the file itself is cut at close.
         image.trim = True
 

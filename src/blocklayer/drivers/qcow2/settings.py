@@ -34,6 +34,7 @@ class Qcow2Options(NodeOptions):
 
     file: Reference = ""
     backing: Reference | UnsetType | None = UNSET
+    data_file: Reference | UnsetType = UNSET
     lazy_refcounts: bool | UnsetType = UNSET
     pass_discard_request: bool | UnsetType = UNSET
     pass_discard_snapshot: bool = True

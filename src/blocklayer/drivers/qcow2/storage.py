@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from blocklayer.errors import UnsupportedError
+from blocklayer.errors import UnsupportedError, UsageError
 from blocklayer.graph import io
 from blocklayer.graph.child import Child
 from blocklayer.graph.driver import Buffer, ProtocolDriver
@@ -70,6 +70,15 @@ class Storage:
         if length > 0:
             await io.write_zeroes(self.node, offset, length, unmap=unmap)
 
+    async def free(self, offset: int, length: int) -> None:
+        """Make the range read as zeros and give its space back, or do nothing."""
+        length = min(length, self.size - offset)
+        if length > 0:
+            try:
+                await io.write_zeroes(self.node, offset, length, unmap=True, fallback=False)
+            except UnsupportedError:
+                return
+
     async def discard(self, offset: int, length: int) -> None:
         """Give host space back, if the host can."""
         length = min(length, self.size - offset)
@@ -88,3 +97,17 @@ class Storage:
     async def flush(self) -> None:
         """All that was written before is on stable storage when this returns."""
         await io.flush(self.node)
+
+
+class ClosedStorage(Storage):
+    """Stands for a data file that nobody opened: whoever wants its bytes hears so."""
+
+    __slots__ = ("_image",)
+
+    def __init__(self, image: str) -> None:
+        self._image = image
+
+    @property
+    def child(self) -> Child:  # type: ignore[override]
+        """There is none."""
+        raise UsageError(f"The data file of '{self._image}' was left closed")

@@ -13,7 +13,8 @@ import functools
 from collections.abc import Iterable, Iterator
 
 from blocklayer.codec.qcow2.stream import Cursor, StreamPlan
-from blocklayer.drivers.qcow2.create import Layout, Qcow2CreateOptions, new_header
+from blocklayer.drivers.qcow2.create import Qcow2CreateOptions, new_header
+from blocklayer.drivers.qcow2.layout import Layout
 from blocklayer.drivers.qcow2.packing import pack_cluster, packing_level
 from blocklayer.errors import StorageError, UnsupportedError
 from blocklayer.graph.driver import Buffer

@@ -5,8 +5,10 @@
 2. A cluster that is the image's alone is written where it is: what is not allocated there, or reads
    as zeros, is filled first and shown by ``commit``. Any other is replaced by a new one, and what
    the old one holds is copied into it.
-3. What a plain write can reach without a claim is never read to be written back.
-4. One allocation settles all that a write needs of a cluster. A caller that has not committed one
+3. In a data file every cluster is the image's alone, at its guest offset, also one that has no
+   entry yet.
+4. What a plain write can reach without a claim is never read to be written back.
+5. One allocation settles all that a write needs of a cluster. A caller that has not committed one
    must not ask for another in the same cluster; ``graph.io`` and ``jobs`` ask for whole clusters.
 """
 
@@ -71,7 +73,7 @@ class SubclusterMapping(Mapping):
             length = min(length, (count << self._bits) - inside)
             return Extent(offset, length, Kind.OPAQUE, compressed=True)
         number = inside >> self._sub_bits
-        kind = subcluster_kind(entry, bitmap, number)
+        kind = subcluster_kind(entry, bitmap, number, image.geometry)
         writable = kind is ClusterKind.NORMAL and bool(entry & COPIED) and image.writable
         if writable:
             assert found is not None
@@ -97,7 +99,7 @@ class SubclusterMapping(Mapping):
         ``like``: the bitmap of a cluster that goes on with all its subclusters.
         """
         image, cache = self._image, self._image.slices
-        step = self._cluster_size if entry & OFFSET_MASK else 0
+        step = self._cluster_size if entry & self._held else 0
         first, need = cluster + 1, (length + self._cluster_mask) >> self._bits
         count = 0
         while count < need:
@@ -114,7 +116,7 @@ class SubclusterMapping(Mapping):
             if here != entry + (count + 1) * step:
                 break
             if bitmap != like:
-                if uniform(bitmap, 0) != like or bitmap_problem(here, bitmap):
+                if uniform(bitmap, 0) != like or bitmap_problem(here, bitmap, image.geometry):
                     break
                 return (count << self._bits) + (run_end(bitmap, 0) << self._sub_bits)
             count += await self._run(at, need - count, here, step, bitmap)
@@ -124,10 +126,10 @@ class SubclusterMapping(Mapping):
         self, kind: ClusterKind, entry: int, offset: int, length: int, writable: bool
     ) -> Extent:
         place = child = None
-        if entry & OFFSET_MASK:
+        if entry & self._held:
             place = (entry & OFFSET_MASK) + (offset & self._cluster_mask)
-            child = self._image.storage.child
-        if kind is ClusterKind.UNALLOCATED:
+            child = self._image.data.child
+        if kind is ClusterKind.UNALLOCATED and not self._image.data_file_raw:
             return Extent(offset, length, Kind.UNALLOCATED, place, child)
         if kind is ClusterKind.NORMAL:
             return Extent(offset, length, Kind.DATA, place, child, writable, recurse=True)
@@ -135,9 +137,9 @@ class SubclusterMapping(Mapping):
 
     def check_bitmap(self, entry: int, bitmap: int, cluster: int) -> None:
         """Raise CorruptionError if what describes guest cluster ``cluster`` cannot be followed."""
-        if entry & (self._bad | COMPRESSED):
+        if entry & (self._bad | COMPRESSED) or self._data_file:
             self.check(entry, cluster)
-        problem = bitmap_problem(entry, bitmap)
+        problem = bitmap_problem(entry, bitmap, self._image.geometry)
         if problem is not None:
             raise CorruptionError(
                 f"L2 entry {entry:#018x} of guest offset {cluster << self._bits:#x}: {problem}"
@@ -167,13 +169,14 @@ class SubclusterWriter(Writer):
             await self.begin()
             guest = offset >> bits
             entries, bitmaps = await self._described(guest, self._clusters(guest, offset, length))
-            own = _is_own(entries[0])
-            count = self._alike(entries, own)
-            if own:
-                host = (entries[0] & OFFSET_MASK) >> bits
+            own = image.geometry.data_file or _is_own(entries[0])
+            if image.geometry.data_file:
+                host, count = guest, len(entries)
+            elif own:
+                host, count = (entries[0] & OFFSET_MASK) >> bits, self._alike(entries, own)
                 image.overlap.check(host << bits, count << bits)
             else:
-                host, count = await image.refcounts.allocator.allocate(count)
+                host, count = await image.refcounts.allocator.allocate(self._alike(entries, own))
             end = min(offset + length, (guest + count) << bits)
             if own:
                 end = self._before_data(offset, end, bitmaps[((end - 1) >> bits) - guest])
@@ -185,10 +188,13 @@ class SubclusterWriter(Writer):
                 stop = max(stop, self._held(guest + last, entries[last], bitmaps[last])[1])
             space = Space(guest, host, count, own, start, stop)
             reads_zero = not own and host << bits >= image.storage.size
-            await image.storage.reserve((host + count) << bits)
+            if image.geometry.data_file:
+                stop = max(end, min(stop, image.data_end))
+            else:
+                await image.storage.reserve((host + count) << bits)
             place = (host << bits) + start - (guest << bits)
             allocation = Allocation(
-                offset, end - offset, image.storage.child, place,
+                offset, end - offset, image.data.child, place,
                 offset - start, stop - end, reads_zero, space,
             )  # fmt: skip
             if image.encryption is not None:
@@ -269,7 +275,7 @@ class SubclusterWriter(Writer):
                 stored: list[Buffer] = [head, part, tail]
                 if allocation.seal is not None:
                     stored = [await offload(allocation.seal, b"".join(stored))]
-                await self._image.storage.write(allocation.host_offset, *stored)
+                await self._image.data.write(allocation.host_offset, *stored)
                 await self.commit(allocation)
             except BaseException:
                 await self.abort(allocation)
@@ -308,7 +314,8 @@ class SubclusterZeroer(Zeroer):
         """Give the space of whole subclusters back; see ``Driver.discard``."""
         settings = self._image.settings
         places: list[tuple[int, int]] = []
-        if settings.discard_request and not settings.discard_no_unref:
+        takes_back = settings.discard_request and not settings.discard_no_unref
+        if takes_back and not self._image.geometry.data_file:
             # Clusters that stay are not given up as others are: what is unused in them is.
             for start in self._in_part(offset, offset + length):
                 low, high = max(start, offset), min(start + (1 << self._bits), offset + length)

@@ -5,7 +5,8 @@
 2. An L2 table that is new, or that a snapshot shares, is written in full to its own cluster before
    the L1 entry in memory points at it.
 3. ``commit`` shows an allocation slice by slice; what it did not show, ``abort`` still gives back.
-4. A cluster that reads as zeros but has space of its own is written in that space.
+4. A cluster that reads as zeros but has space of its own is written in that space; so is each one
+   of a data file.
 """
 
 from __future__ import annotations
@@ -69,11 +70,15 @@ class Writer:
         async with image.lock:
             await self.begin()
             guest = offset >> bits
-            space = await self._reusable(guest, offset, length)
-            if space is None:
+            if image.geometry.data_file:
+                return self._in_data_file(guest, offset, length)
+            reused = await self._reusable(guest, offset, length)
+            if reused is None:
                 wanted = self._clusters(guest, offset, length)
                 host, count = await image.refcounts.allocator.allocate(wanted)
                 space = Space(guest, host, count, False)
+            else:
+                space = reused
             reads_zero = not space.reused and space.host << bits >= image.storage.size
             await image.storage.reserve((space.host + space.count) << bits)
             head = offset & (size - 1)
@@ -85,6 +90,21 @@ class Writer:
             if image.encryption is not None:
                 image.encryption.prepare(allocation)
             return allocation
+
+    def _in_data_file(self, guest: int, offset: int, length: int) -> Allocation:
+        """The place of the clusters in the data file, which stays as long as the disk."""
+        space = Space(guest, guest, self._clusters(guest, offset, length), True)
+        image, size = self._image, 1 << self._bits
+        head = offset & (size - 1)
+        length = min(length, (space.count << self._bits) - head)
+        end = offset + length
+        tail = min(-end % size, max(0, image.data_end - end))
+        allocation = Allocation(
+            offset, length, image.data.child, offset - head, head, tail, False, space
+        )
+        if image.encryption is not None:
+            image.encryption.prepare(allocation)
+        return allocation
 
     def _clusters(self, guest: int, offset: int, length: int) -> int:
         """How many clusters one allocation for the write may have."""
@@ -177,7 +197,7 @@ class Writer:
             self._image.frees.add(dropped, reason)
 
     def _dropped(self, old: array[int], entries: array[int], guest: int) -> list[tuple[int, int]]:
-        if old.count(0) == len(old) or old == entries:
+        if self._image.geometry.data_file or old.count(0) == len(old) or old == entries:
             return []
         # A cluster that the new entry still names keeps its reference.
         kept = OFFSET_MASK | COMPRESSED
@@ -228,7 +248,7 @@ class Writer:
                 stored: Buffer = part
                 if allocation.seal is not None:
                     stored = await offload(allocation.seal, part)
-                await self._image.storage.write(allocation.host_offset, stored)
+                await self._image.data.write(allocation.host_offset, stored)
                 await self.commit(allocation)
             except BaseException:
                 await self.abort(allocation)

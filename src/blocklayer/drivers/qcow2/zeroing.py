@@ -4,6 +4,10 @@
    is nothing below to hide, as an unallocated one does. Only ``empty`` lets lower layers through.
 2. Ranges are whole clusters (subclusters, with extended L2 entries); the last one may end at the
    end of the disk.
+3. In a raw data file the zeros themselves are put, and no entry changes: whatever reaches stable
+   storage first, the file and the image tell the same.
+4. Space in a data file is given back as zeros, by the request itself: the same guest cluster may
+   take it again at once.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from blocklayer.codec.qcow2.entries import COMPRESSED, OFFSET_MASK, ZERO
+from blocklayer.codec.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from blocklayer.drivers.qcow2 import flushing, overlap
 from blocklayer.drivers.qcow2.frees import Reason
 from blocklayer.drivers.qcow2.slices import Slice
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
     from blocklayer.drivers.qcow2.mapping import Mapping
     from blocklayer.drivers.qcow2.writing import Writer
 
-_HELD = OFFSET_MASK | COMPRESSED
+_HELD = OFFSET_MASK | COMPRESSED | COPIED
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -67,9 +71,20 @@ class Zeroer:
         if self._version < 3:
             await self._unallocate(offset, length)
             return
+        if self._image.data_file_raw:
+            await self._image.data.zero(offset, length, unmap=unmap)
+            return
         freed = unmap and not self._image.settings.discard_no_unref
         change = _ZERO_FREED if freed else _ZERO_KEPT
+        if freed:
+            await self._free_data(offset, length)
         await self._change(offset, length, change, Reason.REQUEST)
+
+    async def _free_data(self, offset: int, length: int) -> None:
+        """Give back a range that is to read as zeros, if it lies in a data file."""
+        image = self._image
+        if image.geometry.data_file and image.settings.discard_request:
+            await image.data.free(offset, length)
 
     async def _unallocate(self, offset: int, length: int) -> None:
         """All that version 2, which has no zero clusters, can do, and only over no backing file."""
@@ -89,9 +104,12 @@ class Zeroer:
         hides = self._hides()
         if self._version < 3:
             await self._unallocate(offset, length)
+        elif self._image.data_file_raw:
+            await self._free_data(offset, length)
         elif self._image.settings.discard_no_unref:
             await self._discard_kept(offset, length)
         else:
+            await self._free_data(offset, length)
             change = _ZERO_FREED if hides else _ZERO_FREED_IF_HELD
             await self._change(offset, length, change, Reason.REQUEST, sparse=not hides)
 
@@ -103,7 +121,7 @@ class Zeroer:
         await self._change(offset, length, change, Reason.REQUEST, sparse=not hides)
         if self._image.settings.discard_request:
             for place, size in places:
-                await self._image.storage.discard(place, size)
+                await self._image.data.discard(place, size)
 
     async def _places(self, offset: int, end: int) -> list[tuple[int, int]]:
         """Host (offset, length) of what the range has of its own."""
@@ -167,6 +185,11 @@ class Zeroer:
     async def empty(self) -> None:
         """Drop all that this layer holds, tables included."""
         image = self._image
+        if image.data_file_raw:
+            raise UnsupportedError(
+                f"'{image.node.filename}' cannot be emptied: its data file is raw, and nothing "
+                "shows through it"
+            )
         for l1_index in range(len(image.l1)):
             if not image.l1[l1_index]:
                 continue

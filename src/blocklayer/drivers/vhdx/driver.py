@@ -36,7 +36,7 @@ from blocklayer.drivers.vhdx.create import VhdxCreateOptions, write_image
 from blocklayer.drivers.vhdx.log import Headers, Log, replay
 from blocklayer.errors import CorruptionError, FormatError, UnsupportedError
 from blocklayer.graph import io
-from blocklayer.graph.driver import CheckResult
+from blocklayer.graph.checking import CheckResult
 from blocklayer.graph.extent import Allocation, Extent, Kind
 from blocklayer.graph.graph import Graph
 from blocklayer.graph.node import Node

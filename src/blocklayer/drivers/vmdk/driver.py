@@ -27,8 +27,9 @@ from blocklayer.drivers.vmdk.create import VmdkCreateOptions, write_disk
 from blocklayer.drivers.vmdk.extents import FlatExtent, PlainExtent, SparseExtent
 from blocklayer.errors import CorruptionError, FormatError, UnsupportedError, UsageError
 from blocklayer.graph import io
+from blocklayer.graph.checking import CheckResult
 from blocklayer.graph.child import Role
-from blocklayer.graph.driver import BackingReference, Buffer, CheckResult
+from blocklayer.graph.driver import BackingReference, Buffer
 from blocklayer.graph.extent import Allocation, Extent, Kind
 from blocklayer.graph.filename import protocol_options, resolve_relative, scheme_of, storage_of
 from blocklayer.graph.graph import Graph

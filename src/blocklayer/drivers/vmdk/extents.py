@@ -14,8 +14,8 @@ from blocklayer.codec.vmdk.sparse import UNALLOCATED, ZEROED, Header
 from blocklayer.drivers.blocks import MAX_MESSAGES, new_block
 from blocklayer.drivers.tables import PAGE_SIZE, Part, Space, TableCache
 from blocklayer.errors import CorruptionError, FormatError, UnsupportedError
+from blocklayer.graph.checking import CheckResult
 from blocklayer.graph.child import Child
-from blocklayer.graph.driver import CheckResult
 from blocklayer.graph.extent import Allocation, Extent, Kind
 from blocklayer.units import SECTOR, align_down, align_up, div_up
 
