@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Final, Literal, get_args
 
 import msgspec
+from msgspec import Meta
 
 from blocklayer.daemon.daemon import Daemon
 from blocklayer.daemon.job_control import new_id
@@ -29,6 +29,8 @@ from blocklayer.jobs.disk_snapshots import (
 from blocklayer.jobs.group import Group
 from blocklayer.jobs.job import Job
 
+UInt64 = Annotated[int, Meta(ge=0, le=(1 << 64) - 1)]
+
 _OTHER_NAMES: Final[dict[str, dict[str, tuple[str, Any]]]] = {
     "qcow2": {"compat": ("version", Literal["v2", "v3"])},
 }
@@ -40,26 +42,38 @@ def create_options(registry: Registry, driver: str) -> type[msgspec.Struct]:
 
     Drivers that make no images take nothing.
     """
-    return _create_options(registry.load(driver))
+    return _declare(registry.load(driver))
 
 
-@functools.cache
-def _create_options(driver: type[Driver]) -> type[msgspec.Struct]:
+def _declare(driver: type[Driver]) -> type[msgspec.Struct]:
     declared = driver.CreateOptions
-    fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
+    fields: dict[str, Any] = {}
     if declared is not None:
         where = _storage_name(driver)
-        fields.append((where, Reference if where == "file" else str))
-        renamed = _OTHER_NAMES.get(driver.NAME, {})
+        fields[where] = (where, Reference if where == "file" else str)
         for field in msgspec.structs.fields(declared):
-            name, kind = renamed.get(field.encode_name, (field.encode_name, field.type))
-            if name == "size":
-                fields.append((name, kind))
-            else:
-                fields.append((name, kind | msgspec.UnsetType, msgspec.UNSET))
+            name, kind = _name_here(driver, field.encode_name, field.type)
+            group, dot, _ = name.partition(".")
+            if dot:
+                # Its members are looked at when the job decodes them.
+                name, kind = group, dict[str, Any]
+            optional = (kind | msgspec.UnsetType, msgspec.UNSET)
+            fields[name] = (name, kind) if name == "size" else (name, *optional)
     return msgspec.defstruct(
-        f"BlockdevCreateOptions{driver.NAME.title()}", fields, rename="kebab", kw_only=True
+        f"BlockdevCreateOptions{driver.NAME.title()}",
+        [(name.replace("-", "_"), *rest) for name, *rest in fields.values()],
+        rename="kebab",
+        kw_only=True,
     )
+
+
+def _name_here(driver: type[Driver], name: str, kind: Any) -> tuple[str, Any]:
+    """What QMP calls the option that ``-o`` calls ``name``, and what it can be."""
+    name, kind = _OTHER_NAMES.get(driver.NAME, {}).get(name, (name, kind))
+    notes = [note for note in get_args(kind)[1:] if isinstance(note, Meta)]
+    if any((note.extra or {}).get("size") for note in notes):
+        kind = UInt64
+    return name.replace("_", "-"), kind
 
 
 def _storage_name(driver: type[Driver]) -> str:
@@ -89,13 +103,22 @@ def _sorted(driver: type[Driver], options: Mapping[str, Any]) -> tuple[Reference
     where = _storage_name(driver)
     if where not in options:
         raise UsageError(f"Parameter '{where}' is missing")
-    renamed = {there: here for here, (there, _) in _OTHER_NAMES.get(driver.NAME, {}).items()}
-    values = {}
-    for name, value in options.items():
-        if name not in ("driver", where):
-            known = name.replace("-", "_")
-            values[renamed.get(known, known)] = value
+    assert driver.CreateOptions is not None
+    names = driver.CreateOptions.__struct_encode_fields__
+    known = {_name_here(driver, name, None)[0]: name for name in names}
+    rest = {name: value for name, value in options.items() if name not in ("driver", where)}
+    values = {known.get(name, name): value for name, value in _flat(rest)}
     return options[where], values
+
+
+def _flat(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """``options`` with the members of objects named after them, with a dot."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            for member, inner in _flat(value):
+                yield f"{name}.{member}", inner
+        else:
+            yield name, value
 
 
 async def blockdev_amend(
@@ -107,9 +130,12 @@ async def blockdev_amend(
         raise UsageError(f"Cannot find device='' nor node-name='{node_name}'")
     if options.get("driver") != node.driver.NAME:
         raise UsageError("x-blockdev-amend doesn't support changing the block driver")
-    if not isinstance(node.driver, FormatDriver) or node.driver.amend_options() is None:
+    declared = node.driver.amend_options() if isinstance(node.driver, FormatDriver) else None
+    if declared is None:
         raise UsageError("Driver does not support x-blockdev-amend")
-    values = {name.replace("-", "_"): value for name, value in options.items() if name != "driver"}
+    known = {name.replace("_", "-"): name for name in declared.__struct_encode_fields__}
+    rest = {name: value for name, value in options.items() if name != "driver"}
+    values = {known.get(name, name): value for name, value in _flat(rest)}
     identifier = new_id(daemon, job_id)
     return _begin(daemon, Amend(node, values, identifier=identifier, auto_dismiss=False))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from blocklayer.daemon.daemon import Daemon
+from blocklayer.daemon.daemon import Daemon, DeviceNotFoundError
 from blocklayer.daemon.job_control import check_speed, new_id
 from blocklayer.errors import BlockError, UsageError
 from blocklayer.graph.filename import resolve_relative
@@ -25,12 +25,6 @@ from blocklayer.jobs.mirror import MirrorOptions
 from blocklayer.jobs.starting import check_top, start_active_commit
 from blocklayer.jobs.starting_layers import start_layer_commit, start_stream
 from blocklayer.jobs.stream import StreamOptions
-
-
-class DeviceNotFoundError(UsageError):
-    """No device or node has that name."""
-
-    error_class = "DeviceNotFound"
 
 
 class JobOptions(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_fields=True):

@@ -50,7 +50,7 @@ def check_alone(top: Node, base: Node) -> None:
         path.add(node)
     for node in path - {top}:
         for edge in node.parents:
-            if edge.parent is not None and edge.parent not in path:
+            if edge.parent is not None and edge.parent not in path and not edge.parent.given_up:
                 raise LockedError(
                     f"Node '{node.name}' is busy: node is used as {edge.name} hd of "
                     f"'{edge.parent.name}'"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, get_args
 
 import msgspec
 
@@ -11,8 +11,8 @@ from blocklayer.daemon.job_control import BlockJobInfo, JobInfo
 from blocklayer.daemon.mirrors import BlockdevMirror, DriveMirror
 from blocklayer.daemon.operations import BlockCommit, BlockStream
 from blocklayer.drivers import REGISTRY
+from blocklayer.graph.events import JobType
 from blocklayer.qmp.commands.table import COMMANDS
-from blocklayer.qmp.event_types import JobType
 from blocklayer.qmp.monitor import Monitor
 from blocklayer.qmp.registry import Arguments
 from blocklayer.qmp.shapes import UNSTABLE, Variants
@@ -55,8 +55,7 @@ class _MirrorChange(_BlockJobChange, kw_only=True):
 
 def _changes() -> dict[str, type[msgspec.Struct]]:
     return {
-        name: _MirrorChange if name == "mirror" else _BlockJobChange
-        for name in JobType.__args__  # type: ignore[attr-defined]
+        name: _MirrorChange if name == "mirror" else _BlockJobChange for name in get_args(JobType)
     }
 
 
