@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from blocklayer.daemon.daemon import Daemon
+from blocklayer.daemon.job_control import check_speed, new_id
 from blocklayer.drivers.copy_before_write import OnCbwError
 from blocklayer.errors import UsageError
 from blocklayer.graph import edit
@@ -103,14 +104,8 @@ class Prepared:
         """Enter the job in ``group``. The moment is now."""
         arguments = self._arguments
         check_backup(self.node, self.target, self._options)
-        identifier = arguments.job_id
-        if identifier is None:
-            # Nodes lend their names to no job; devices do.
-            named = arguments.device in self._daemon.graph.nodes
-            identifier = "" if named else arguments.device
-        self._daemon.jobs.check_id(identifier)
-        if arguments.speed < 0:
-            raise UsageError("Parameter 'speed' expects a non-negative value")
+        identifier = new_id(self._daemon, arguments.job_id, arguments.device)
+        check_speed(arguments.speed)
         change = None
         if self._backing is not None:
             self._given_up = self.target.backing

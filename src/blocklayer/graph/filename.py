@@ -81,14 +81,13 @@ def resolve_relative(image: str, name: str) -> str:
     return f"{folder}/{name}"
 
 
-def backing_name(overlay: Node, below: Node) -> str:
-    """What the image of ``overlay`` can call ``below``: its name, absolute where a relative one
+def backing_name(image: str, below: Node) -> str:
+    """What the image called ``image`` can call ``below``: its name, absolute where a relative one
     would be taken to start from another folder.
     """
     name = below.filename
     if name.startswith(("/", "json:")) or scheme_of(name):
         return name
-    image = overlay.filename
     if not image.startswith("json:") and resolve_relative(image, name) == name:
         return name
     return os.path.abspath(name)

@@ -150,6 +150,8 @@ class LayerCommit(Job):
         for node in self._busy:
             node.busy = None
         self._copier.close()
+        for layer in self.source.node.chain()[: self._distance]:
+            layer.given_up = self._moved is not None
         if self._moved is None:
             async with edit.changing(self.graph):
                 with edit.Change() as change:

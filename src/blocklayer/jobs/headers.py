@@ -26,7 +26,7 @@ class BackingName(msgspec.Struct, frozen=True, kw_only=True):
         driver = below.driver.NAME
         if self.mask_protocol and isinstance(below.driver, ProtocolDriver):
             driver = "raw"
-        return BackingReference(self.filename or backing_name(overlay, below), driver)
+        return BackingReference(self.filename or backing_name(overlay.filename, below), driver)
 
 
 def stored_reference(node: Node) -> BackingReference | None:

@@ -202,7 +202,7 @@ class Job(ABC):
     def complete(self) -> None:
         """A ready job is to end, with its full effect."""
         self.check_verb("complete")
-        if self.told_to_complete or self.cancelled:
+        if self.cancelled:
             raise UsageError(f"The active block job '{self.id}' cannot be completed")
         self._told.set()
 

@@ -50,7 +50,7 @@ def check_alone(top: Node, base: Node) -> None:
         path.add(node)
     for node in path - {top}:
         for edge in node.parents:
-            if edge.parent is not None and edge.parent not in path:
+            if edge.parent is not None and edge.parent not in path and not edge.parent.given_up:
                 raise LockedError(
                     f"Node '{node.name}' is busy: node is used as {edge.name} hd of "
                     f"'{edge.parent.name}'"
@@ -83,10 +83,14 @@ async def start_mirror(
     target: Node,
     options: MirrorOptions,
     *,
+    backing: Node | None = None,
     filter_name: str | None = None,
     **job: Any,
 ) -> Mirror:
-    """Enter a mirror of ``node`` to ``target`` in ``group``; ``job`` are the options of ``Job``."""
+    """Enter a mirror of ``node`` to ``target`` in ``group``; ``job`` are the options of ``Job``.
+
+    ``backing``, ``node`` itself or a layer of it, is to show through ``target`` from now on.
+    """
     check_top(node)
     check_free(node)
     check_free(target)
@@ -98,9 +102,17 @@ async def start_mirror(
     if target.size != node.size:
         raise UsageError("Source and target image have different sizes")
     async with edit.changing(node.graph):
-        hold = Root(target, f"block job '{job['identifier']}'", WRITE, UNCHANGED, follows=False)
+        # A target that lies above the source has to let the source's users write to that.
+        shared = int(Permission.ALL) if backing is node else UNCHANGED
+        hold = Root(target, f"block job '{job['identifier']}'", WRITE, shared, follows=False)
         try:
-            filter_node = await insert_filter(node, "mirror_top", filter_name)
+            shown = edit.set_backing(target, backing) if backing is not None else None
+            try:
+                filter_node = await insert_filter(node, "mirror_top", filter_name)
+            except BaseException:
+                if shown is not None:
+                    shown.undo()
+                raise
         except BaseException:
             await hold.close()
             raise
