@@ -128,8 +128,7 @@ def test_every_reply_is_the_real_one(tmp_path: Path) -> None:
     with real_daemon(real / "qmp"):
         expected = run(theirs(real / "qmp"))
     got = run(ours())
-    for one, other in zip(got, expected, strict=False):
-        assert one == other
+    assert [pair for pair in zip(got, expected, strict=False) if pair[0] != pair[1]] == []
     assert len(got) == len(expected)
 
 

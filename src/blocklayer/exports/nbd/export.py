@@ -49,9 +49,9 @@ class NbdExport(Export):
     ) -> None:
         self.name = node.name if name is None else name
         self.description = description
-        for what, text in (("name", self.name), ("description", description)):
+        for what, text in (("export name", self.name), ("description", description)):
             if len(text.encode()) > MAX_STRING:
-                raise UsageError(f"export {what} '{text[:40]}...' too long")
+                raise UsageError(f"{what} '{text}' too long")
         super().__init__(identifier, node, writable=writable, writethrough=writethrough)
         self.contexts: list[Context] = [AllocationContext()]
         if allocation_depth:
@@ -127,7 +127,10 @@ class NbdExport(Export):
 
 def _find_bitmap(node: Node, reference: str | tuple[str, str], writable: bool) -> DirtyBitmap:
     if isinstance(reference, tuple):
-        bitmap = graph_bitmaps.find(node.graph.find(reference[0]), reference[1])
+        holder = node.graph.nodes.get(reference[0])
+        if holder is None:
+            raise UsageError(f"Node '{reference[0]}' not found")
+        bitmap = graph_bitmaps.find(holder, reference[1])
     else:
         layers = [node, *(layer for layer in node.chain() if layer is not node)]
         holders = [layer for layer in layers if reference in layer.dirty_bitmaps]

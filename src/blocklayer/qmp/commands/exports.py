@@ -50,9 +50,10 @@ class BlockDirtyBitmapLocator(Arguments, kw_only=True, rename="kebab"):
     name: str
 
 
-class BlockExportNbd(Arguments, kw_only=True, tag_field="type", tag="nbd"):
+class BlockExportOptions(Arguments, kw_only=True):
     """An export for NBD clients."""
 
+    type: Literal["nbd"]
     id: str
     node_name: str
     fixed_iothread: bool = False
@@ -126,7 +127,7 @@ async def nbd_server_remove(monitor: Monitor, arguments: NbdServerRemove) -> Non
 
 
 @COMMANDS.command("block-export-add")
-async def block_export_add(monitor: Monitor, arguments: BlockExportNbd) -> None:
+async def block_export_add(monitor: Monitor, arguments: BlockExportOptions) -> None:
     """Serve a node."""
     if arguments.iothread is not UNSET:
         raise CommandError(f'iothread "{arguments.iothread}" not found')
