@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from blocklayer.exports import tls
+from blocklayer.graph.tls_credentials import server_context
 from nbd.certificates import make_certificates
 from nbd.serving import image, run, served
 from oracles import HANG_TIMEOUT_S, Oracle, miss
@@ -18,7 +18,9 @@ from oracles import HANG_TIMEOUT_S, Oracle, miss
 SYSTEM_PYTHON = "/usr/bin/python3"
 
 
-async def aside(oracle: Oracle, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+async def aside(
+    oracle: Oracle, *arguments: Any, **options: Any
+) -> subprocess.CompletedProcess[str]:
     """Run a tool beside the server."""
     return await asyncio.to_thread(lambda: oracle(*arguments, **options))
 
@@ -192,12 +194,12 @@ def test_encrypted_for_those_with_a_name(
     folder = make_certificates(tmp_path)
     names: list[str] = []
 
-    def authorise(name: str) -> bool:
+    def authorize(name: str) -> bool:
         names.append(name)
         return admitted
 
     async def go() -> None:
-        options = {"tls": tls.server_context(str(folder)), "authorise": authorise}
+        options = {"tls": lambda: server_context(str(folder)), "authorize": authorize}
         async with served(tmp_path, image(path), server=options) as stage:
             client = (
                 *("--object", f"tls-creds-x509,id=t,endpoint=client,dir={folder}"),

@@ -26,7 +26,7 @@ from blocklayer.codec.nbd.messages import (
     unpack_request,
 )
 from blocklayer.codec.nbd.server import ServerHandshake, ServerState
-from blocklayer.errors import ProtocolError
+from blocklayer.errors import BlockError, ProtocolError
 from blocklayer.exports.nbd.commands import Session, serve
 from blocklayer.exports.nbd.wire import PlainWire, TlsWire, Wire
 from blocklayer.graph.waiting import begin
@@ -157,11 +157,13 @@ class Connection:
         self._spawn(self._start_tls(wire.detach()))
 
     async def _start_tls(self, sock: socket.socket) -> None:
-        context = self._server.tls
-        assert context is not None
+        make_context = self._server.tls
+        assert make_context is not None
         try:
-            wire = await TlsWire.begin(self, sock, context, self._server.handshake_max_seconds)
-        except (OSError, EOFError) as error:
+            wire = await TlsWire.begin(
+                self, sock, make_context(), self._server.handshake_max_seconds
+            )
+        except (OSError, EOFError, BlockError) as error:
             self._server.report(f"{self.peer}: TLS failed: {error}")
             self._upgrading = False
             sock.close()

@@ -90,13 +90,13 @@ def _given(value: Any) -> Any:
 @COMMANDS.command("nbd-server-start")
 async def nbd_server_start(monitor: Monitor, arguments: NbdServerOptions) -> None:
     """Listen for NBD clients."""
-    if arguments.tls_creds is not UNSET:
-        raise CommandError(f"No TLS credentials with id '{arguments.tls_creds}'")
     await exports.nbd_server_start(
         monitor.server.daemon,
         arguments.addr.data,
         handshake_max_seconds=arguments.handshake_max_seconds,
         max_connections=arguments.max_connections,
+        tls_creds=_given(arguments.tls_creds),
+        tls_authz=_given(arguments.tls_authz),
         descriptors=monitor.named_descriptors,
     )
 
