@@ -27,11 +27,19 @@ AnyResult = TypeVar("AnyResult")
 
 def run(work: Coroutine[Any, Any, AnyResult]) -> AnyResult:
     """Run a test's coroutine; a hang fails it."""
-    return asyncio.run(asyncio.wait_for(work, HANG_TIMEOUT_S))
+
+    async def tidily() -> AnyResult:
+        try:
+            return await asyncio.wait_for(work, HANG_TIMEOUT_S)
+        finally:
+            while OPENED:
+                OPENED.pop().close()
+
+    return asyncio.run(tidily())
 
 
 OPENED: list[asyncio.StreamWriter] = []
-"""What clients of the running test hold open; closed with the server."""
+"""What clients of the running test hold open."""
 
 
 class Served:
@@ -72,8 +80,6 @@ async def served(
         yield stage
     finally:
         await stage.server.stop()
-        while OPENED:
-            OPENED.pop().close()
     assert not graph.roots
     assert not graph.nodes, "something still holds the node"
 

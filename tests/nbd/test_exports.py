@@ -13,8 +13,8 @@ from blocklayer.codec.addresses import UnixSocketAddress
 from blocklayer.daemon import exports, nodes
 from blocklayer.daemon.daemon import Daemon
 from blocklayer.graph.events import BlockExportDeleted, Event
-from nbd.serving import Client
-from qmp.conversation import Peer, real_daemon, run, serving
+from nbd.serving import Client, run
+from qmp.conversation import Peer, real_daemon, serving
 
 SIZE = 1 << 20
 

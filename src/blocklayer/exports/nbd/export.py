@@ -21,6 +21,7 @@ from blocklayer.exports.nbd.contexts import (
     Context,
     DepthContext,
 )
+from blocklayer.exports.translation import Translation
 from blocklayer.graph import bitmaps as graph_bitmaps
 from blocklayer.graph.dirty_bitmap import DirtyBitmap
 from blocklayer.graph.node import Node
@@ -46,6 +47,7 @@ class NbdExport(Export):
         writethrough: bool = False,
         bitmaps: Sequence[DirtyBitmap] = (),
         allocation_depth: bool = False,
+        translate: bool = True,
     ) -> None:
         self.name = node.name if name is None else name
         self.description = description
@@ -57,6 +59,8 @@ class NbdExport(Export):
         if allocation_depth:
             self.contexts.append(DepthContext())
         self.contexts += [BitmapContext(bitmap) for bitmap in bitmaps]
+        self.translation = Translation(self.root) if translate else None
+        """Serves what it can without the graph; ``translate=False`` turns it off."""
         self.connections: set[Connection] = set()
 
     @classmethod

@@ -103,7 +103,7 @@ class NbdServer:
         for connection in list(self.connections):
             connection.drop()
         for export in list(self.exports.values()):
-            self.begin_removal(export, hard=True)
+            _ = self.begin_removal(export, hard=True)
         for connection in list(self.connections):
             await connection.ended.wait()
         for removal in list(self._removals):
