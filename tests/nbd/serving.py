@@ -27,11 +27,19 @@ AnyResult = TypeVar("AnyResult")
 
 def run(work: Coroutine[Any, Any, AnyResult]) -> AnyResult:
     """Run a test's coroutine; a hang fails it."""
-    return asyncio.run(asyncio.wait_for(work, HANG_TIMEOUT_S))
+
+    async def tidily() -> AnyResult:
+        try:
+            return await asyncio.wait_for(work, HANG_TIMEOUT_S)
+        finally:
+            while OPENED:
+                OPENED.pop().close()
+
+    return asyncio.run(tidily())
 
 
 OPENED: list[asyncio.StreamWriter] = []
-"""What clients of the running test hold open; closed with the server."""
+"""What clients of the running test hold open."""
 
 
 class Served:
@@ -72,8 +80,6 @@ async def served(
         yield stage
     finally:
         await stage.server.stop()
-        while OPENED:
-            OPENED.pop().close()
     assert not graph.roots
     assert not graph.nodes, "something still holds the node"
 
@@ -117,7 +123,11 @@ class Client:
 
     @classmethod
     async def connect(
-        cls, path: Path, name: str = "disk", mode: Mode = Mode.EXTENDED, contexts: Sequence[str] = ()
+        cls,
+        path: Path,
+        name: str = "disk",
+        mode: Mode = Mode.EXTENDED,
+        contexts: Sequence[str] = (),
     ) -> Client:
         client = cls(*await asyncio.open_unix_connection(path))
         handshake = Connecting(name, mode=mode, contexts=contexts)
@@ -175,9 +185,7 @@ class Client:
     async def reply(self) -> Reply:
         head = await self.reader.readexactly(4)
         size = messages.reply_size(self.mode, head, 0)
-        return messages.unpack_reply(
-            self.mode, head + await self.reader.readexactly(size - 4), 0
-        )
+        return messages.unpack_reply(self.mode, head + await self.reader.readexactly(size - 4), 0)
 
     def _chunk(self, answer: Answer, reply: Reply, payload: bytes) -> None:
         if reply.is_error:

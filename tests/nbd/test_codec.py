@@ -60,7 +60,8 @@ def test_a_client_gets_the_export_and_contexts_it_asks_for(mode: Mode, piece: in
     other = Connecting("disk", mode=mode, contexts=["qemu:dirty-bitmap:b", "no:such"])
     talk(one, other, piece)
     assert (one.state, other.state) == (ServerState.CHOSEN, ClientState.DONE)
-    assert one.mode is mode and one.chosen == OFFER and other.result is not None
+    assert (one.mode, one.chosen) == (mode, OFFER)
+    assert other.result is not None
     assert (other.result.mode, other.result.offer.size) == (mode, OFFER.size)
     assert other.result.offer.description == "a disk"
     wanted = {} if mode is Mode.SIMPLE else {2: "qemu:dirty-bitmap:b"}
@@ -73,12 +74,15 @@ def test_a_listing_has_all_exports_with_their_contexts(mode: Mode) -> None:
     one, other = server(), Listing(mode=mode)
     talk(one, other, 65536)
     assert one.state is ServerState.CLOSED
-    assert [(each.name, each.size) for each in other.result] == [("disk", 1 << 40), ("ünïcode", 512)]
+    assert [(each.name, each.size) for each in other.result] == [
+        ("disk", 1 << 40),
+        ("ünïcode", 512),
+    ]
     assert other.result[0].contexts == (() if mode is Mode.SIMPLE else OFFER.contexts)
 
 
 def test_an_unknown_export_is_refused_in_words() -> None:
-    with pytest.raises(StorageError, match="not available.*'nope' is not present"):
+    with pytest.raises(StorageError, match=r"not available.*'nope' is not present"):
         talk(server(), Connecting("nope"), 65536)
 
 
@@ -123,8 +127,9 @@ def test_a_server_without_tls_or_go_is_used_as_it_is() -> None:
         sent = client.receive(reply.pack())
     assert answered == [11, 8, 7, 1]
     client.receive((1 << 20).to_bytes(8, "big") + (1).to_bytes(2, "big"))
-    assert client.state is ClientState.DONE and client.result is not None
-    assert client.result.mode is Mode.SIMPLE and client.result.offer.size == 1 << 20
+    assert client.state is ClientState.DONE
+    assert client.result is not None
+    assert (client.result.mode, client.result.offer.size) == (Mode.SIMPLE, 1 << 20)
 
 
 def test_contexts_of_one_export_are_not_those_of_another() -> None:
@@ -138,7 +143,7 @@ def test_contexts_of_one_export_are_not_those_of_another() -> None:
     go = OptionHeader(constants.OPTION_MAGIC, Option.GO, 4 + len(OTHER.name.encode()) + 2).pack()
     name = OTHER.name.encode()
     one.receive(go + len(name).to_bytes(4, "big") + name + b"\0\0")
-    assert one.chosen == OTHER and one.contexts == {}
+    assert (one.chosen, one.contexts) == (OTHER, {})
 
 
 @given(st.lists(st.binary(max_size=200), max_size=20), st.booleans())
@@ -170,14 +175,16 @@ def test_options_of_any_content_get_one_final_reply_each(
         if one.state is not ServerState.OPTIONS:
             break
         try:
-            sent = one.receive(OptionHeader(constants.OPTION_MAGIC, option, len(data)).pack() + data)
+            sent = one.receive(
+                OptionHeader(constants.OPTION_MAGIC, option, len(data)).pack() + data
+            )
         except ProtocolError:
             assert option == Option.EXPORT_NAME
             break
         at, finals = 0, 0
         while at < len(sent):
             reply = OptionReplyHeader.unpack(sent, at)
-            assert reply.option == option and reply.magic == constants.OPTION_REPLY_MAGIC
+            assert (reply.option, reply.magic) == (option, constants.OPTION_REPLY_MAGIC)
             finals += reply.type == OptionReply.ACK or bool(reply.type >> 31)
             at += OptionReplyHeader.SIZE + reply.length
         assert finals == 1

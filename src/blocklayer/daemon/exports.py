@@ -10,8 +10,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
 
 import msgspec
 
@@ -26,12 +27,11 @@ from blocklayer.exports.nbd.server import (
     DEFAULT_MAX_CONNECTIONS,
     NbdServer,
 )
+from blocklayer.graph.authorization import Authorization
 from blocklayer.graph.events import BlockExportDeleted
 from blocklayer.graph.graph import is_well_formed_id
 from blocklayer.graph.node import Node
-
-if TYPE_CHECKING:
-    import ssl
+from blocklayer.graph.tls_credentials import TlsCredentials
 
 RemoveMode = Literal["safe", "hard"]
 
@@ -51,14 +51,19 @@ async def nbd_server_start(
     *,
     handshake_max_seconds: float = DEFAULT_HANDSHAKE_MAX_SECONDS,
     max_connections: int = DEFAULT_MAX_CONNECTIONS,
-    tls: ssl.SSLContext | None = None,
-    authorise: Callable[[str], bool] | None = None,
+    tls_creds: str | None = None,
+    tls_authz: str | None = None,
     descriptors: dict[str, int] | None = None,
     server: str = "",
 ) -> NbdServer:
-    """Listen for NBD clients at ``address``; ``descriptors`` are those with names (``getfd``)."""
+    """Listen for NBD clients at ``address``; ``descriptors`` are those with names (``getfd``).
+
+    With ``tls_creds``, the id of TLS credentials, clients must encrypt; ``tls_authz`` is the id of
+    who decides about their names. Where there is no such object, everybody is denied.
+    """
     if server in daemon.nbd_servers:
         raise UsageError("NBD server already running")
+    tls = None if tls_creds is None else _credentials(daemon, tls_creds).server_context
     listener = await net.listen(address, descriptors)
     if server in daemon.nbd_servers:
         listener.close()
@@ -69,12 +74,28 @@ async def nbd_server_start(
         handshake_max_seconds=handshake_max_seconds,
         max_connections=max_connections,
         tls=tls,
-        authorise=authorise,
+        authorize=None if tls_authz is None else partial(_allows, daemon, tls_authz),
     )
     daemon.nbd_servers[server] = started
     daemon.front_ends.append(started.stop)
     started.start()
     return started
+
+
+def _credentials(daemon: Daemon, identifier: str) -> TlsCredentials:
+    found = daemon.graph.objects.find(identifier)
+    if found is None:
+        raise UsageError(f"No TLS credentials with id '{identifier}'")
+    credentials = found[1]
+    if not isinstance(credentials, TlsCredentials):
+        raise UsageError(f"Object with id '{identifier}' is not TLS credentials")
+    credentials.server_context()
+    return credentials
+
+
+def _allows(daemon: Daemon, identifier: str, name: str) -> bool:
+    found = daemon.graph.objects.find(identifier)
+    return found is not None and isinstance(found[1], Authorization) and found[1].allows(name)
 
 
 async def nbd_server_stop(daemon: Daemon, *, server: str = "") -> None:

@@ -273,6 +273,17 @@ class ProtocolDriver(Driver):
         """Store ``buffers``, one after the other. All or an error: never a short write."""
         raise UnsupportedError(f"Driver '{self.NAME}' cannot write")
 
+    def read_now(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` if that needs no waiting at all; False: use ``read``."""
+        return False
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Store ``data`` if that needs no waiting at all; False: nothing was done, use ``write``.
+
+        Only for a node that takes writes: nothing is checked here.
+        """
+        return False
+
     async def map(self, offset: int, length: int) -> Extent:
         """All of it is data, here, unless a driver knows better."""
         return Extent(offset, length, Kind.DATA, offset, None, writable=True)

@@ -26,6 +26,8 @@ _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9.\-_]*\Z")
 TYPES: Final = {
     "secret": "blocklayer.graph.secret:Secret",
     "tls-creds-x509": "blocklayer.graph.tls_credentials:TlsCredentials",
+    "authz-simple": "blocklayer.graph.authorization:SimpleAuthorization",
+    "authz-list": "blocklayer.graph.authorization:ListAuthorization",
 }
 """Type names as ``--object`` and ``object-add`` have them, and where their classes are."""
 

@@ -62,6 +62,11 @@ class Root(Child):
         """Who uses the node, for messages."""
         return self.label
 
+    @property
+    def quiesced(self) -> bool:
+        """Whether new requests wait at the door."""
+        return self._quiesced > 0
+
     async def close(self) -> None:
         """Give the node back; the last user's close writes back and closes it."""
         self.graph.roots.remove(self)

@@ -111,8 +111,8 @@ def _context(folder: str, protocol: int, side: str) -> ssl.SSLContext:
 
 
 def distinguished_name(certificate: dict[str, object]) -> str:
-    """The subject, the most specific part first: ``CN=client,O=Example,C=GB``."""
+    """The subject, its parts in the order they are stored: ``C=GB,O=Example,CN=client``."""
     subject = certificate.get("subject", ())
     assert isinstance(subject, tuple)
     parts = [f"{_SHORT_NAMES.get(key, key)}={value}" for part in subject for key, value in part]
-    return ",".join(reversed(parts))
+    return ",".join(parts)

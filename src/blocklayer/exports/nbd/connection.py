@@ -17,18 +17,21 @@ import socket
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
-from blocklayer.codec.nbd.constants import Command, Mode
+from blocklayer.codec.nbd.constants import MAX_PAYLOAD, Command, CommandFlag, Mode, wire_errno
 from blocklayer.codec.nbd.messages import (
     Buffer,
     Request,
+    pack_data_header,
+    pack_done,
     pack_error,
     request_size,
     unpack_request,
 )
 from blocklayer.codec.nbd.server import ServerHandshake, ServerState
-from blocklayer.errors import ProtocolError
+from blocklayer.errors import BlockError, ProtocolError
 from blocklayer.exports.nbd.commands import Session, serve
 from blocklayer.exports.nbd.wire import PlainWire, TlsWire, Wire
+from blocklayer.exports.translation import Translation
 from blocklayer.graph.waiting import begin
 from blocklayer.units import MIB
 
@@ -39,6 +42,8 @@ MAX_IN_FLIGHT: Final = 64
 MAX_BYTES: Final = 32 * MIB
 
 _READ: Final = int(Command.READ)
+_WRITE: Final = int(Command.WRITE)
+_PAYLOAD: Final = int(CommandFlag.PAYLOAD_LEN)
 _DISC: Final = int(Command.DISC)
 
 
@@ -52,6 +57,7 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._handshake: ServerHandshake | None = server.handshake()
         self._session: Session | None = None
+        self._translation: Translation | None = None
         self._mode = Mode.SIMPLE
         self._header_size = 0
         self._in_flight = 0
@@ -86,7 +92,8 @@ class Connection:
             return
         self._receiving = None
         self._bytes -= len(payload)
-        self._start(request, payload)
+        if not self._write_at_once(request, payload):
+            self._start(request, payload)
 
     def wants_more(self) -> bool:
         """See ``Taker``."""
@@ -136,6 +143,7 @@ class Connection:
         self._mode = handshake.mode
         self._header_size = request_size(handshake.mode)
         self._session = Session(export, handshake.mode, contexts)
+        self._translation = export.translation
         export.connections.add(self)
         self._server.served(self)
 
@@ -157,11 +165,13 @@ class Connection:
         self._spawn(self._start_tls(wire.detach()))
 
     async def _start_tls(self, sock: socket.socket) -> None:
-        context = self._server.tls
-        assert context is not None
+        make_context = self._server.tls
+        assert make_context is not None
         try:
-            wire = await TlsWire.begin(self, sock, context, self._server.handshake_max_seconds)
-        except (OSError, EOFError) as error:
+            wire = await TlsWire.begin(
+                self, sock, make_context(), self._server.handshake_max_seconds
+            )
+        except (OSError, EOFError, BlockError) as error:
             self._server.report(f"{self.peer}: TLS failed: {error}")
             self._upgrading = False
             sock.close()
@@ -188,10 +198,13 @@ class Connection:
                 if request.command == _DISC:
                     self._leave()
                     return end
-                self._start(request, b"")
+                if not self._read_at_once(request):
+                    self._start(request, b"")
             elif at + length <= end:
-                # What the wire received into is used again; the request may outlast that.
-                self._start(request, bytes(view[at : at + length]))
+                payload = view[at : at + length]
+                if not self._write_at_once(request, payload):
+                    # What the wire received into is used again; the request may outlast that.
+                    self._start(request, bytes(payload))
                 at += length
             else:
                 self._receiving = (request, memoryview(bytearray(length)), 0)
@@ -203,6 +216,40 @@ class Connection:
         return self._in_flight >= MAX_IN_FLIGHT or self._bytes + self._wire.pending >= MAX_BYTES
 
     # Requests.
+
+    def _read_at_once(self, request: Request) -> bool:
+        """Answer a plain READ that the translation has all of."""
+        translation = self._translation
+        if translation is None or request.command != _READ or request.flags:
+            return False
+        if request.length > MAX_PAYLOAD:
+            return False
+        data = translation.read(request.offset, request.length)
+        if data is None:
+            return False
+        header = pack_data_header(self._mode, request, request.offset, request.length)
+        self._wire.send([header, data])
+        return True
+
+    def _write_at_once(self, request: Request, payload: memoryview) -> bool:
+        """Carry out and answer a plain WRITE to where the translation may write."""
+        translation = self._translation
+        if (
+            translation is None
+            or request.command != _WRITE
+            or request.flags & ~_PAYLOAD
+            or self._leaving
+        ):
+            return False
+        try:
+            if not translation.write(request.offset, payload):
+                return False
+        except BlockError as error:
+            message = str(error)
+            self._wire.send([pack_error(self._mode, request, wire_errno(error.errno), message)])
+            return True
+        self._wire.send([pack_done(self._mode, request)])
+        return True
 
     def _start(self, request: Request, payload: Buffer) -> None:
         if self._leaving:
@@ -231,12 +278,25 @@ class Connection:
             self._loop.call_exception_handler(
                 {"message": "Serving an NBD request failed", "exception": error}
             )
-        self._in_flight -= 1
-        self._bytes -= size
         self._wire.send(reply)
         if not self._flush_soon:
             self._flush_soon = True
             self._loop.call_soon(self._flush)
+        if self._translation is not None and request.command in (_READ, _WRITE):
+            await self._learn(session, self._translation, request)
+        self._in_flight -= 1
+        self._bytes -= size
+
+    async def _learn(self, session: Session, translation: Translation, request: Request) -> None:
+        writing = request.command == _WRITE
+        if writing and not session.export.writable:
+            return
+        try:
+            async with session.export.root.request():
+                await translation.learn(request.offset, request.length, writing=writing)
+        except BlockError:
+            # Whoever needs it will hear of it; here nobody asked.
+            return
 
     def _flush(self) -> None:
         self._flush_soon = False

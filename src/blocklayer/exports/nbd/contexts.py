@@ -96,8 +96,10 @@ class AllocationContext(_StatusContext):
         super().__init__(BASE_ALLOCATION)
 
     def flags(self, run: Run) -> int:
-        """Both, or neither: what reads as zeros here has no data."""
-        return int(Allocation.HOLE | Allocation.ZERO) if run.kind is Kind.ZERO else 0
+        """A mapped place whose storage has a hole reads as zeros, and counts as allocated."""
+        if run.kind is not Kind.ZERO:
+            return 0
+        return int(Allocation.ZERO if run.hole else Allocation.HOLE | Allocation.ZERO)
 
 
 class DepthContext(_StatusContext):

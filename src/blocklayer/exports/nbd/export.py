@@ -21,6 +21,7 @@ from blocklayer.exports.nbd.contexts import (
     Context,
     DepthContext,
 )
+from blocklayer.exports.translation import Translation
 from blocklayer.graph import bitmaps as graph_bitmaps
 from blocklayer.graph.dirty_bitmap import DirtyBitmap
 from blocklayer.graph.node import Node
@@ -46,17 +47,20 @@ class NbdExport(Export):
         writethrough: bool = False,
         bitmaps: Sequence[DirtyBitmap] = (),
         allocation_depth: bool = False,
+        translate: bool = True,
     ) -> None:
         self.name = node.name if name is None else name
         self.description = description
-        for what, text in (("name", self.name), ("description", description)):
+        for what, text in (("export name", self.name), ("description", description)):
             if len(text.encode()) > MAX_STRING:
-                raise UsageError(f"export {what} '{text[:40]}...' too long")
+                raise UsageError(f"{what} '{text}' too long")
         super().__init__(identifier, node, writable=writable, writethrough=writethrough)
         self.contexts: list[Context] = [AllocationContext()]
         if allocation_depth:
             self.contexts.append(DepthContext())
         self.contexts += [BitmapContext(bitmap) for bitmap in bitmaps]
+        self.translation = Translation(self.root) if translate else None
+        """Serves what it can without the graph; ``translate=False`` turns it off."""
         self.connections: set[Connection] = set()
 
     @classmethod
@@ -127,7 +131,10 @@ class NbdExport(Export):
 
 def _find_bitmap(node: Node, reference: str | tuple[str, str], writable: bool) -> DirtyBitmap:
     if isinstance(reference, tuple):
-        bitmap = graph_bitmaps.find(node.graph.find(reference[0]), reference[1])
+        holder = node.graph.nodes.get(reference[0])
+        if holder is None:
+            raise UsageError(f"Node '{reference[0]}' not found")
+        bitmap = graph_bitmaps.find(holder, reference[1])
     else:
         layers = [node, *(layer for layer in node.chain() if layer is not node)]
         holders = [layer for layer in layers if reference in layer.dirty_bitmaps]

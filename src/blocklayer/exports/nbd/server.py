@@ -6,7 +6,7 @@
 
 1. A process may have several servers, each with its own exports, credentials and limits.
 2. At most ``max_connections`` clients are served at once; further ones wait in the system's queue.
-3. With credentials nothing is said to clients before TLS, nor to those whose name ``authorise``
+3. With credentials nothing is said to clients before TLS, nor to those whose name ``authorize``
    refuses.
 4. ``remove`` and ``stop`` return when nobody is served any more and the nodes are given back.
 """
@@ -43,8 +43,8 @@ class NbdServer:
         *,
         handshake_max_seconds: float = DEFAULT_HANDSHAKE_MAX_SECONDS,
         max_connections: int = DEFAULT_MAX_CONNECTIONS,
-        tls: ssl.SSLContext | None = None,
-        authorise: Callable[[str], bool] | None = None,
+        tls: Callable[[], ssl.SSLContext] | None = None,
+        authorize: Callable[[str], bool] | None = None,
         report: Callable[[str], None] = lambda message: None,
         on_change: Callable[[], None] = lambda: None,
         on_stop: Callable[[], None] = lambda: None,
@@ -54,7 +54,8 @@ class NbdServer:
         self.handshake_max_seconds = handshake_max_seconds
         self.max_connections = max_connections
         self.tls = tls
-        self._authorise = authorise
+        """Makes what TLS needs, for each client anew: certificates may change meanwhile."""
+        self._authorize = authorize
         self.report = report
         """Told of clients that were sent away, and why."""
         self._on_change = on_change
@@ -102,7 +103,7 @@ class NbdServer:
         for connection in list(self.connections):
             connection.drop()
         for export in list(self.exports.values()):
-            self.begin_removal(export, hard=True)
+            _ = self.begin_removal(export, hard=True)
         for connection in list(self.connections):
             await connection.ended.wait()
         for removal in list(self._removals):
@@ -119,14 +120,14 @@ class NbdServer:
 
     def admits(self, certificate: dict[str, object]) -> bool:
         """Whether a client with this certificate may stay."""
-        if self._authorise is None:
+        if self._authorize is None:
             return True
-        from blocklayer.exports.tls import distinguished_name
+        from blocklayer.graph.tls_credentials import distinguished_name
 
         name = distinguished_name(certificate)
-        if self._authorise(name):
+        if self._authorize(name):
             return True
-        self.report(f"TLS client '{name}' is not authorised")
+        self.report(f"TLS client '{name}' is not authorized")
         return False
 
     def served(self, connection: Connection) -> None:

@@ -50,9 +50,10 @@ class BlockDirtyBitmapLocator(Arguments, kw_only=True, rename="kebab"):
     name: str
 
 
-class BlockExportNbd(Arguments, kw_only=True, tag_field="type", tag="nbd"):
+class BlockExportOptions(Arguments, kw_only=True):
     """An export for NBD clients."""
 
+    type: Literal["nbd"]
     id: str
     node_name: str
     fixed_iothread: bool = False
@@ -89,13 +90,13 @@ def _given(value: Any) -> Any:
 @COMMANDS.command("nbd-server-start")
 async def nbd_server_start(monitor: Monitor, arguments: NbdServerOptions) -> None:
     """Listen for NBD clients."""
-    if arguments.tls_creds is not UNSET:
-        raise CommandError(f"No TLS credentials with id '{arguments.tls_creds}'")
     await exports.nbd_server_start(
         monitor.server.daemon,
         arguments.addr.data,
         handshake_max_seconds=arguments.handshake_max_seconds,
         max_connections=arguments.max_connections,
+        tls_creds=_given(arguments.tls_creds),
+        tls_authz=_given(arguments.tls_authz),
         descriptors=monitor.named_descriptors,
     )
 
@@ -126,7 +127,7 @@ async def nbd_server_remove(monitor: Monitor, arguments: NbdServerRemove) -> Non
 
 
 @COMMANDS.command("block-export-add")
-async def block_export_add(monitor: Monitor, arguments: BlockExportNbd) -> None:
+async def block_export_add(monitor: Monitor, arguments: BlockExportOptions) -> None:
     """Serve a node."""
     if arguments.iothread is not UNSET:
         raise CommandError(f'iothread "{arguments.iothread}" not found')
