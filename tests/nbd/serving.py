@@ -117,7 +117,11 @@ class Client:
 
     @classmethod
     async def connect(
-        cls, path: Path, name: str = "disk", mode: Mode = Mode.EXTENDED, contexts: Sequence[str] = ()
+        cls,
+        path: Path,
+        name: str = "disk",
+        mode: Mode = Mode.EXTENDED,
+        contexts: Sequence[str] = (),
     ) -> Client:
         client = cls(*await asyncio.open_unix_connection(path))
         handshake = Connecting(name, mode=mode, contexts=contexts)
@@ -175,9 +179,7 @@ class Client:
     async def reply(self) -> Reply:
         head = await self.reader.readexactly(4)
         size = messages.reply_size(self.mode, head, 0)
-        return messages.unpack_reply(
-            self.mode, head + await self.reader.readexactly(size - 4), 0
-        )
+        return messages.unpack_reply(self.mode, head + await self.reader.readexactly(size - 4), 0)
 
     def _chunk(self, answer: Answer, reply: Reply, payload: bytes) -> None:
         if reply.is_error:

@@ -73,7 +73,10 @@ def test_a_listing_has_all_exports_with_their_contexts(mode: Mode) -> None:
     one, other = server(), Listing(mode=mode)
     talk(one, other, 65536)
     assert one.state is ServerState.CLOSED
-    assert [(each.name, each.size) for each in other.result] == [("disk", 1 << 40), ("ünïcode", 512)]
+    assert [(each.name, each.size) for each in other.result] == [
+        ("disk", 1 << 40),
+        ("ünïcode", 512),
+    ]
     assert other.result[0].contexts == (() if mode is Mode.SIMPLE else OFFER.contexts)
 
 
@@ -170,7 +173,9 @@ def test_options_of_any_content_get_one_final_reply_each(
         if one.state is not ServerState.OPTIONS:
             break
         try:
-            sent = one.receive(OptionHeader(constants.OPTION_MAGIC, option, len(data)).pack() + data)
+            sent = one.receive(
+                OptionHeader(constants.OPTION_MAGIC, option, len(data)).pack() + data
+            )
         except ProtocolError:
             assert option == Option.EXPORT_NAME
             break

@@ -22,14 +22,17 @@ ASK = {"execute": "query-qmp-schema"}
 
 EMULATOR_ONLY = {
     "getfd", "closefd", "add-fd", "remove-fd", "query-fdsets", "query-name",
-    "human-monitor-command",
+    "human-monitor-command", "DEVICE_TRAY_MOVED", "DEVICE_DELETED", "STOP", "RESUME",
+    "device_add", "device_del", "eject", "blockdev-open-tray", "blockdev-close-tray",
+    "blockdev-remove-medium", "blockdev-insert-medium", "blockdev-change-medium",
+    "query-status", "stop", "cont",
 }  # fmt: skip
 NOT_BUILT = {"telnet", "tn3270", "websocket", "tls-creds", "tls-authz"}
 """Members of ours that real ones have: what a client gets is that they are unexpected."""
 SINCE_LATER = {"keep-alive-count", "keep-alive-idle", "keep-alive-interval", "children"}
 TAKES_OPTIONS = {"blockdev-add", "blockdev-reopen", "object-add"}
 """Their unions are those of what is built; drivers' options are looked at below."""
-UNTYPED = "query-named-block-nodes.[0].image.[1].format-specific"
+UNTYPED = ("format-specific.[1]", "driver-specific.[1]")
 """What drivers have to say of themselves is shown as it is."""
 
 OURS = (
@@ -164,7 +167,7 @@ def test_commands_and_events_are_qemus(theirs: Types) -> None:
                 continue
             own, known = ours.describe(entry[part]), theirs.describe(real[part])
             found = differences(own, known, name, whole=True)
-            assert [line for line in found if UNTYPED not in line] == []
+            assert [line for line in found if not any(part in line for part in UNTYPED)] == []
 
 
 @pytest.mark.oracle("qemu-storage-daemon")
