@@ -1,4 +1,4 @@
-"""Block accounting: how many requests of each kind a front end has made, and what became of them."""
+"""Block accounting: how many requests of each kind a front end has made, and how they ended."""
 
 from __future__ import annotations
 
