@@ -42,8 +42,10 @@ class Daemon:
     def __init__(self, *, policy: Policy | None = None, registry: Registry = REGISTRY) -> None:
         self.graph = Graph(registry, policy)
         self.jobs = Jobs()
-        self.devices: dict[str, Device] = {}
-        """By id; ``daemon.devices`` adds and removes them."""
+        self.devices: list[Device] = []
+        """The oldest first; ``daemon.devices`` adds and removes them."""
+        self.status = "running"
+        """Of a machine that is not there: ``stop`` and errors pause it, ``cont`` resumes it."""
         self.exports: dict[str, Export] = {}
         """By id, the oldest first; ``daemon.exports`` adds and removes them."""
         self.nbd_servers: dict[str, NbdServer] = {}
@@ -71,11 +73,14 @@ class Daemon:
 
     def device_medium(self, name: str) -> Node | None:
         """The node in the device ``name``, if there is such a device with a medium in it."""
-        device = self.devices.get(name)
+        found = (each for each in self.devices if name and name in (each.drive, each.id))
+        device = next(found, None)
         return device.node if device is not None else None
 
     async def close(self) -> None:
         """End everything. Raises the first error met."""
+        from blocklayer.daemon import devices
+
         failure: BlockError | None = None
         for end in reversed(self.front_ends):
             try:
@@ -83,6 +88,10 @@ class Daemon:
             except BlockError as error:
                 failure = failure or error
         await self.jobs.cancel_all()
+        try:
+            await devices.close_all(self)
+        except BlockError as error:
+            failure = failure or error
         for node in list(self.graph.nodes.values()):
             if node.held:
                 node.held = False

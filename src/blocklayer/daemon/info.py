@@ -144,7 +144,7 @@ def device_info(node: Node, *, flat: bool = False) -> BlockDeviceInfo:
     for layer in reversed(layers):
         image = _image(layer, image)
     assert not isinstance(image, UnsetType)
-    flags, general = node.flags, node.driver.info()
+    flags, general = node.wanted, node.driver.info()
     info = BlockDeviceInfo(
         file=node.filename,
         node_name=node.name,
@@ -152,7 +152,7 @@ def device_info(node: Node, *, flat: bool = False) -> BlockDeviceInfo:
         drv=node.driver.NAME,
         backing_file_depth=len(layers) - 1,
         children=[BlockdevChild(child=n, node_name=e.node.name) for n, e in node.children.items()],
-        active=True,
+        active=node.active,
         encrypted=bool(general and general.encrypted),
         detect_zeroes=cast("DetectZeroes", flags.detect_zeroes),
         bps=0,

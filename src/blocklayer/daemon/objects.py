@@ -51,7 +51,11 @@ _PARENTS: Final = {
 
 def add(daemon: Daemon, qom_type: str, identifier: str, properties: Mapping[str, Any]) -> None:
     """Make an object."""
-    daemon.graph.objects.add(qom_type, identifier, properties)
+    try:
+        daemon.graph.objects.add(qom_type, identifier, properties)
+    except UsageError as error:
+        # Hints on further lines are for command lines.
+        raise UsageError(str(error).partition("\n")[0]) from None
 
 
 def remove(daemon: Daemon, identifier: str) -> None:

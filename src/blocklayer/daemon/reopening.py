@@ -74,7 +74,8 @@ class _Plan:
         decoded = decode(type(node.driver).Options, options)
         decoded.node_name = node.options.node_name
         _check_unchanged(node, decoded)
-        flags = flags_of(decoded, inherited)
+        decoded.active = node.active
+        flags = _flags(node, decoded, inherited)
         step = self.steps[node] = Reopen(node, flags, decoded)
         step.children = {}
         for name in sorted(node.children.keys() | {"file", "backing"}):
@@ -119,13 +120,25 @@ class _Plan:
         node = edge.node
         if node.held or node in self.steps:
             return
-        flags = flags_of(node.options, step.flags.inherited(edge.role))
-        if flags == node.flags:
+        flags = _flags(node, node.options, step.flags.inherited(edge.role))
+        if flags == node.wanted:
             return
         below = self.steps[node] = Reopen(node, flags, node.options)
         below.children = {}
         for child in node.children.values():
             self._inherit(below, child)
+
+
+def _flags(node: Node, options: NodeOptions, inherited: Flags) -> Flags:
+    """What ``node`` is to have. What it was opened for, and by whom, stays."""
+    now = node.wanted
+    return msgspec.structs.replace(
+        flags_of(options, inherited),
+        named_by=now.named_by,
+        nesting=now.nesting,
+        metadata_only=now.metadata_only,
+        one_pass=now.one_pass,
+    )
 
 
 def _must_tell(node: Node) -> bool:

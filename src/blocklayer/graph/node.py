@@ -51,6 +51,13 @@ class Flags(msgspec.Struct, kw_only=True):
     nesting: int = 0
     """How many formats inside formats lie above; a backing file is not inside its overlay."""
 
+    inactive: bool = False
+    """Another process has the image: nothing is written, and no locks are held."""
+
+    def at_rest(self) -> Flags:
+        """What holds while the node is inactive."""
+        return msgspec.structs.replace(self, read_only=True, force_share=True)
+
     def inherited(self, role: Role) -> Flags:
         """What a child in ``role`` has where its own options are silent."""
         if role is Role.BACKING:
@@ -62,6 +69,7 @@ class Flags(msgspec.Struct, kw_only=True):
                 named_by=self.named_by,
                 metadata_only=self.metadata_only,
                 nesting=self.nesting,
+                inactive=self.inactive,
             )
         return Flags(
             read_only=self.read_only,
@@ -75,6 +83,7 @@ class Flags(msgspec.Struct, kw_only=True):
             named_by=self.named_by,
             metadata_only=self.metadata_only,
             nesting=self.nesting + 1,
+            inactive=self.inactive,
         )
 
 
@@ -94,7 +103,11 @@ class Node:
     def __init__(self, graph: Graph, name: str, flags: Flags, options: NodeOptions) -> None:
         self.graph = graph
         self.name = name
-        self.flags = flags
+        self.flags: Flags
+        """The generic options in force."""
+        self.wanted: Flags
+        """The same, or while the node is inactive those that wait for it to be activated."""
+        self.set_flags(flags)
         self.options = options
         self.driver: Driver
         self.children: dict[str, Child] = {}
@@ -134,6 +147,16 @@ class Node:
         return self.flags.read_only
 
     @property
+    def active(self) -> bool:
+        """Whether the image is ours to use now."""
+        return not self.wanted.inactive
+
+    def set_flags(self, flags: Flags) -> None:
+        """From now on these hold; the driver has to be opened anew."""
+        self.wanted = flags
+        self.flags = flags.at_rest() if flags.inactive else flags
+
+    @property
     def backing(self) -> Node | None:
         """The node that shows through where this one has nothing."""
         edge = self.children.get("backing")
@@ -165,7 +188,7 @@ class Node:
             return self.children[name].node
         if reference is None or reference == "":
             raise UsageError(f'A block device must be specified for "{name}"')
-        flags = self.flags.inherited(role)
+        flags = self.wanted.inherited(role)
         flags.named_by = named_by or flags.named_by
         node = await open_reference(self.graph, reference, flags)
         try:

@@ -244,7 +244,7 @@ async def _probe(
 
 def _generic(options: Mapping[str, Any]) -> dict[str, Any]:
     known = {"node-name", "read-only", "auto-read-only", "force-share", "discard"}
-    known |= {"detect-zeroes", "cache"}
+    known |= {"detect-zeroes", "cache", "active"}
     return {name: value for name, value in options.items() if name in known}
 
 
@@ -269,6 +269,7 @@ def flags_of(options: NodeOptions, inherited: Flags) -> Flags:
         repair=inherited.repair,
         one_pass=inherited.one_pass,
         named_by=inherited.named_by,
+        inactive=inherited.inactive if options.active is UNSET else not options.active,
         metadata_only=inherited.metadata_only,
         nesting=inherited.nesting,
     )
@@ -335,7 +336,7 @@ async def _open_backing(graph: Graph, node: Node, seen: set[object | None]) -> N
     if isinstance(given, str):
         return graph.find(given)
     options: dict[str, Any] = {} if given is UNSET else {**given}
-    flags = node.flags.inherited(Role.BACKING)
+    flags = node.wanted.inherited(Role.BACKING)
     if "file" not in options and "filename" not in options:
         reference = driver.backing_reference
         if reference is None:

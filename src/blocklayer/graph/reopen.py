@@ -65,7 +65,9 @@ async def reopen(wanted: Sequence[Reopen], *, settled: Collection[Node] = ()) ->
 def _as_it_is(wanted: Reopen) -> Reopen:
     node = wanted.node
     now = {name: edge.node for name, edge in node.children.items()}
-    return Reopen(node, node.flags, node.options, {name: now.get(name) for name in wanted.children})
+    return Reopen(
+        node, node.wanted, node.options, {name: now.get(name) for name in wanted.children}
+    )
 
 
 async def set_read_only(node: Node, read_only: bool) -> None:
@@ -86,9 +88,9 @@ async def retire(node: Node) -> None:
 
 def _with_storage(node: Node, read_only: bool) -> Iterator[Reopen]:
     """``node`` and what inherits from it. Its storage stays read-only if it was opened so."""
-    if node.flags.read_only == read_only:
+    if node.wanted.read_only == read_only:
         return
-    yield Reopen(node, msgspec.structs.replace(node.flags, read_only=read_only), node.options)
+    yield Reopen(node, msgspec.structs.replace(node.wanted, read_only=read_only), node.options)
     for edge in node.children.values():
         given = edge.node.options.read_only
         follows = given is msgspec.UNSET or edge.node.flags.auto_read_only
@@ -116,7 +118,8 @@ async def _carry_out(
             await each.node.driver.close()
             is_open.discard(each.node)
     for each in ordered:
-        each.node.flags, each.node.options = each.flags, each.options
+        each.node.set_flags(each.flags)
+        each.node.options = each.options
     for each in reversed(ordered):
         if each.node in to_replace:
             await _replace_storage(each.node)

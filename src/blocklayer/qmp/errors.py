@@ -38,6 +38,5 @@ class DeviceNotActiveError(CommandError):
 
 
 def describe(error: BlockError) -> dict[str, Any]:
-    """The member ``error`` of a reply. Hints on further lines are for command lines."""
-    text, _, _ = str(error).partition("\n")
-    return {"class": getattr(error, "error_class", GENERIC), "desc": text}
+    """The member ``error`` of a reply."""
+    return {"class": getattr(error, "error_class", GENERIC), "desc": str(error)}

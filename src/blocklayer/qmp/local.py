@@ -26,6 +26,8 @@ class LocalMonitor:
 
     def __init__(self, server: Server) -> None:
         self.server = server
+        self.named_descriptors: dict[str, int] = {}
+        """Nobody has named any."""
 
     def take_descriptor(self) -> int:
         """Nothing comes with these commands. Raises CommandError."""

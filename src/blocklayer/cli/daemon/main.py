@@ -1,7 +1,7 @@
 """`blk daemon`: the live block layer as a program (used like qemu-storage-daemon).
 
-1. Options are carried out in the order given; the first error ends the program with nothing left
-   behind.
+1. Options are carried out one by one (``setting_up``); the first error ends the program with
+   nothing left behind.
 2. SIGTERM, SIGINT, SIGHUP and ``quit`` end it in order: jobs are cancelled, caches and bitmaps are
    stored, and the exit code is 0 unless something could not be stored.
 3. With ``--daemonize`` the first process ends when everything is set up, or has failed.
@@ -10,22 +10,24 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
+from blocklayer.cli.daemon import setting_up
 from blocklayer.cli.options import Command, CommandLineError, Option
-from blocklayer.errors import BlockError, StorageError, UsageError
-from blocklayer.graph.options import parse_pairs, unflatten
+from blocklayer.errors import StorageError
 
 if TYPE_CHECKING:
-    from blocklayer.qmp.server import Server
+    pass
 
 
 NO_TEXTS: list[str] = msgspec.field(default_factory=list)
+
+
+_EMULATOR = "Options of the emulator"
 
 
 class Daemon(Command):
@@ -40,6 +42,8 @@ class Daemon(Command):
         "open a disk and listen for clients of QMP",
     )
 
+    ONE_DASH = True
+
     blockdev: Annotated[
         list[str], Option("open a node; options as text or JSON", value="OPTIONS")
     ] = NO_TEXTS
@@ -48,7 +52,11 @@ class Daemon(Command):
     ] = NO_TEXTS
     monitor: Annotated[
         list[str],
-        Option("serve QMP on a character device ([chardev=]ID[,pretty=on])", value="OPTIONS"),
+        Option(
+            "serve QMP on a character device ([chardev=]ID[,pretty=on]), or the human monitor "
+            "on a device of its own (stdio, unix:PATH,server=on,wait=off)",
+            value="OPTIONS",
+        ),
     ] = NO_TEXTS
     nbd_server: Annotated[list[str], Option("start an NBD server", value="OPTIONS")] = NO_TEXTS
     export: Annotated[
@@ -61,6 +69,44 @@ class Daemon(Command):
         str | None, Option("write the process id to a file when ready", value="FILE")
     ] = None
     daemonize: Annotated[bool, Option("go to the background when ready")] = False
+    drive: Annotated[
+        list[str],
+        Option(
+            "open an image as a drive (file=NAME,if=virtio,…)", value="OPTIONS", group=_EMULATOR
+        ),
+    ] = NO_TEXTS
+    device: Annotated[
+        list[str],
+        Option(
+            "plug a device in (virtio-blk-pci,drive=NODE,id=ID…)", value="OPTIONS", group=_EMULATOR
+        ),
+    ] = NO_TEXTS
+    qmp: Annotated[
+        list[str],
+        Option(
+            "serve QMP on a device (unix:PATH,server=on,wait=off)", value="DEVICE", group=_EMULATOR
+        ),
+    ] = NO_TEXTS
+    qmp_pretty: Annotated[
+        list[str], Option("the same, with JSON over several lines", value="DEVICE", group=_EMULATOR)
+    ] = NO_TEXTS
+    mon: Annotated[
+        list[str],
+        Option(
+            "serve a monitor on a character device ([chardev=]ID,mode=readline)",
+            value="OPTIONS",
+            group=_EMULATOR,
+        ),
+    ] = NO_TEXTS
+    add_fd: Annotated[
+        list[str],
+        Option(
+            "put an inherited descriptor into a set (fd=N,set=M)", value="OPTIONS", group=_EMULATOR
+        ),
+    ] = NO_TEXTS
+    snapshot: Annotated[bool, Option("throw away what is written to drives", group=_EMULATOR)] = (
+        False
+    )
     name: Annotated[str | None, Option("what query-name answers", value="NAME")] = None
 
     def run_alone(self) -> int:
@@ -107,7 +153,7 @@ async def _serve(command: Daemon, ready: int | None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, server.quit)
         try:
-            await _set_up(server, command.uses)
+            await setting_up.set_up(server, command.uses)
             pid = _PidFile(command.pidfile) if command.pidfile is not None else None
             try:
                 if ready is not None:
@@ -119,84 +165,6 @@ async def _serve(command: Daemon, ready: int | None) -> int:
         finally:
             await server.close()
     return 0
-
-
-async def _set_up(server: Server, uses: list[tuple[str, Any]]) -> None:
-    for option, value in uses:
-        step = _STEPS.get(option)
-        if step is None:
-            continue
-        try:
-            await step(server, value)
-        except BlockError as error:
-            # What objects are made from is secret.
-            given = "" if option == "object" else f" {value}"
-            raise error.reworded(f"--{option.replace('_', '-')}{given}: {error}") from error
-
-
-def read_options(text: str, implied: str | None = None) -> dict[str, Any]:
-    """An option's value: JSON if it begins with ``{``, else ``key=value,…`` with dotted keys."""
-    if not text.startswith("{"):
-        return unflatten(parse_pairs(text, implied=implied))
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"invalid JSON: {error}") from None
-    assert isinstance(value, dict)
-    return value
-
-
-async def _blockdev(server: Server, value: str) -> None:
-    from blocklayer.daemon import nodes
-
-    await nodes.add(server.daemon, read_options(value, "driver"))
-
-
-async def _chardev(server: Server, value: str) -> None:
-    from blocklayer.qmp.chardev_options import parse_chardev
-
-    options = parse_chardev(value)
-    await server.add_chardev(options.id, options.backend)
-
-
-async def _monitor(server: Server, value: str) -> None:
-    from blocklayer.graph.options import decode
-    from blocklayer.qmp.chardev_options import MonitorOptions
-
-    server.add_monitor(decode(MonitorOptions, read_options(value, "chardev")))
-
-
-async def _nbd_server(server: Server, value: str) -> None:
-    from blocklayer.qmp.local import execute_text
-
-    options = read_options(value)
-    address = options.get("addr")
-    if isinstance(address, dict) and "data" not in address:
-        kind = address.pop("type", None)
-        options["addr"] = {"type": kind, "data": address}
-    await execute_text(server, "nbd-server-start", options)
-
-
-async def _export(server: Server, value: str) -> None:
-    from blocklayer.qmp.local import execute_text
-
-    await execute_text(server, "block-export-add", read_options(value, "type"))
-
-
-async def _object(server: Server, value: str) -> None:
-    from blocklayer.qmp.local import execute_text
-
-    await execute_text(server, "object-add", read_options(value, "qom-type"))
-
-
-_STEPS = {
-    "blockdev": _blockdev,
-    "chardev": _chardev,
-    "monitor": _monitor,
-    "nbd_server": _nbd_server,
-    "export": _export,
-    "object": _object,
-}
 
 
 class _PidFile:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import UNSET, Meta, UnsetType
 
-from blocklayer.daemon import info, nodes, reopening
+from blocklayer.daemon import activation, info, nodes, reopening
 from blocklayer.qmp.commands.table import COMMANDS
 from blocklayer.qmp.monitor import Monitor
 from blocklayer.qmp.nodes import BlockdevOptions
@@ -23,6 +23,13 @@ class BlockdevReopen(Arguments, kw_only=True):
     """All options that the nodes are to have."""
 
     options: list[BlockdevOptions]
+
+
+class BlockdevSetActive(Arguments, kw_only=True):
+    """Which node (all if none is named), and whether it is to be active."""
+
+    node_name: str | UnsetType = UNSET
+    active: bool
 
 
 class QueryNamedBlockNodes(Arguments, kw_only=True):
@@ -70,6 +77,13 @@ async def blockdev_del(monitor: Monitor, arguments: NodeName) -> None:
 async def blockdev_reopen(monitor: Monitor, arguments: BlockdevReopen) -> None:
     """Give nodes other options while they are used."""
     await reopening.change(monitor.server.daemon, arguments.options)
+
+
+@COMMANDS.command("blockdev-set-active")
+async def blockdev_set_active(monitor: Monitor, arguments: BlockdevSetActive) -> None:
+    """Hand images over to another process, or take them back."""
+    name = None if arguments.node_name is UNSET else arguments.node_name
+    await activation.set_active(monitor.server.daemon, name, arguments.active)
 
 
 @COMMANDS.command("block_resize")
