@@ -208,7 +208,6 @@ def test_zeros_of_no_backing_file_hide_the_new_one(
         assert "failed" not in qemu_io("-c", read, "top", cwd=tmpfs).stdout
 
 
-
 @FEW
 @given(
     drawn=layered(most=4, requests=5, granularity=512),
