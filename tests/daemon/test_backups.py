@@ -13,11 +13,15 @@ from typing import Any
 import msgspec
 import pytest
 
+from blocklayer import aio
 from blocklayer.daemon import nodes
 from blocklayer.daemon.daemon import Daemon
-from blocklayer.errors import BlockError
+from blocklayer.daemon.transactions import transaction
+from blocklayer.errors import BlockError, UsageError
 from blocklayer.graph import bitmaps
 from blocklayer.graph.events import Event
+from blocklayer.graph.permission import Permission
+from blocklayer.graph.root import Root
 from blocklayer.qmp.commands import COMMANDS
 from blocklayer.qmp.errors import describe
 from oracles import HANG_TIMEOUT_S, Oracle, require
@@ -315,3 +319,140 @@ def test_jobs_and_images_are_those_of_the_real_one(
     assert infos[0] == infos[1]
     monkeypatch.chdir(tmp_path)
     qemu_img("compare", f"real/{target}", f"ours/{target}")
+
+
+async def write(daemon: Daemon, name: str, offset: int, data: bytes) -> None:
+    root = Root(daemon.find(name), "the guest", Permission.WRITE)
+    await root.write(offset, data)
+    await root.close()
+
+
+async def content(daemon: Daemon, name: str) -> bytes:
+    root = Root(daemon.find(name), "the test", Permission.CONSISTENT_READ)
+    try:
+        return await root.read(0, root.node.size)
+    finally:
+        await root.close()
+
+
+async def disks(daemon: Daemon, folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / f"{name}.qcow2"
+        await aio.create(path, 1 << 20)
+        file = {"driver": "file", "filename": str(path)}
+        await nodes.add(daemon, {"driver": "qcow2", "node-name": name, "file": file})
+
+
+@pytest.mark.parametrize("mode", ["individual", "grouped"])
+def test_a_transaction_makes_checkpoints_and_begins_backups(tmp_path: Path, mode: Any) -> None:
+    """As a backup program does it: bitmaps made and merged at the moment of the backups."""
+
+    async def scene() -> None:
+        async with Daemon() as daemon:
+            await disks(daemon, tmp_path, "a", "b", "ta", "tb")
+            for name in ("a", "b"):
+                bitmaps.add(daemon.find(name), "old")
+                await write(daemon, name, 65536, b"x" * 65536)
+            wanted: list[Any] = []
+            for name in ("a", "b"):
+                if mode == "individual":
+                    wanted += [
+                        ("block-dirty-bitmap-add", {"node": name, "name": "new"}),
+                        (
+                            "block-dirty-bitmap-add",
+                            {"node": name, "name": "temp", "disabled": True},
+                        ),
+                        (
+                            "block-dirty-bitmap-merge",
+                            {"node": name, "target": "temp", "bitmaps": ["old"]},
+                        ),
+                    ]
+                else:
+                    # Only jobs can share their fate.
+                    bitmaps.add(daemon.find(name), "temp", enabled=False).merge(
+                        bitmaps.find(daemon.find(name), "old")
+                    )
+                arguments = {
+                    "job-id": f"j{name}", "device": name, "target": f"t{name}",
+                    "sync": "incremental", "bitmap": "temp",
+                }  # fmt: skip
+                wanted.append(("blockdev-backup", arguments))
+            await transaction(daemon, wanted, completion_mode=mode)
+            jobs = list(daemon.jobs)
+            assert [job.id for job in jobs] == ["ja", "jb"]
+            for job in jobs:
+                await job.ended.wait()
+                assert job.error is None
+            for name in ("ta", "tb"):
+                data = bytes(65536) + b"x" * 65536
+                assert await content(daemon, name) == data.ljust(1 << 20, b"\0")
+
+    asyncio.run(scene())
+
+
+def test_one_failing_job_fails_its_group(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with Daemon() as daemon:
+            await disks(daemon, tmp_path, "a", "b", "ta", "tb")
+            wanted: list[Any] = [
+                (
+                    "blockdev-backup",
+                    {"job-id": name, "device": name, "target": f"t{name}", "sync": "none"},
+                )
+                for name in ("a", "b")
+            ]
+            await transaction(daemon, wanted, completion_mode="grouped")
+            jobs = list(daemon.jobs)
+            jobs[0].cancel()
+            for job in jobs:
+                await job.ended.wait()
+                assert job.cancelled
+            assert set(daemon.graph.nodes) >= {"a", "b", "ta", "tb"}
+            assert all(node.busy is None for node in daemon.graph.nodes.values())
+
+    asyncio.run(scene())
+
+
+def test_a_failing_member_leaves_nothing_behind(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with Daemon() as daemon:
+            await disks(daemon, tmp_path, "a", "b", "ta", "tb")
+            bitmap = bitmaps.add(daemon.find("a"), "x")
+            guest = Root(daemon.find("a"), "the guest", Permission.WRITE)
+            await guest.write(0, b"x" * 512)
+            before = set(daemon.graph.nodes)
+            overlay = str(tmp_path / "overlay.qcow2")
+            new = str(tmp_path / "new.qcow2")
+            wanted: list[Any] = [
+                (
+                    "blockdev-backup",
+                    {
+                        "job-id": "j", "device": "a", "target": "ta", "sync": "full",
+                        "bitmap": "x", "bitmap-mode": "always",
+                    },
+                ),
+                ("drive-backup", {"job-id": "k", "device": "b", "target": new, "sync": "full"}),
+                (
+                    "blockdev-snapshot-sync",
+                    {"node-name": "b", "snapshot-file": overlay, "snapshot-node-name": "o"},
+                ),
+                ("abort", {}),
+            ]  # fmt: skip
+            with pytest.raises(UsageError, match="aborted using Abort"):
+                await transaction(daemon, wanted)
+            assert set(daemon.graph.nodes) == before
+            assert not list(daemon.jobs)
+            assert not bitmap.busy
+            assert guest.node is daemon.find("a")
+            assert bitmap.is_dirty(0)
+            assert all(node.busy is None for node in daemon.graph.nodes.values())
+            await guest.write(512, b"y" * 512)
+            await guest.close()
+            # And all of it can be done after that.
+            await transaction(daemon, wanted[:-1])
+            for job in list(daemon.jobs):
+                await job.ended.wait()
+                assert job.error is None
+            assert daemon.find("o").backing is daemon.find("b")
+
+    asyncio.run(scene())

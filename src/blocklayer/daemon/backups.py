@@ -1,33 +1,39 @@
 """Backups by name: ``blockdev-backup`` and ``drive-backup``, with QEMU's rules and texts.
 
-Each is split in two, so that several can begin at one moment: ``prepare_…`` checks, and opens what
-has to be opened, while everything goes on; ``Prepared.place`` runs with everybody stopped.
+Both are actions (``daemon.actions``): several can begin at one moment, which is also that of what
+else their transaction does.
+
+1. The bitmap is looked up at the moment itself: an action before may have made it.
+2. Jobs begin when all actions of their transaction have taken effect.
 """
 
 from __future__ import annotations
 
-import os
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
-from msgspec import Meta
 
+from blocklayer.daemon import actions
+from blocklayer.daemon.actions import Action, Options
 from blocklayer.daemon.daemon import Daemon
 from blocklayer.daemon.job_control import check_speed, new_id
+from blocklayer.daemon.snapshots import seen_from
 from blocklayer.drivers.copy_before_write import OnCbwError
 from blocklayer.errors import UsageError
 from blocklayer.graph import edit
 from blocklayer.graph.create import create_image
 from blocklayer.graph.dirty_bitmap import DirtyBitmap
-from blocklayer.graph.filename import image_options, scheme_of
+from blocklayer.graph.filename import image_options
 from blocklayer.graph.graph import Graph
 from blocklayer.graph.node import Flags, Node
 from blocklayer.graph.open import open_options
+from blocklayer.graph.options import Size
 from blocklayer.jobs.background import Policies
 from blocklayer.jobs.backup import Backup, BackupOptions, BitmapMode, SyncMode
 from blocklayer.jobs.group import Group
 from blocklayer.jobs.job import OnError
 from blocklayer.jobs.starting import check_backup, place_backup
+from blocklayer.jobs.states import Status
 
 _MAX_WORKERS: Final = (1 << 31) - 1
 
@@ -38,10 +44,10 @@ class BackupPerf(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_fi
     use_copy_range: bool = False
     max_workers: int = 64
     max_chunk: int = 0
-    min_cluster_size: Annotated[int, Meta(ge=0, le=(1 << 64) - 1)] = 0
+    min_cluster_size: Size = 0
 
 
-class BackupCommon(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_fields=True):
+class BackupCommon(Options, kw_only=True):
     """What both take; ``speed`` in bytes per second."""
 
     job_id: str | None = None
@@ -75,113 +81,121 @@ class DriveBackup(BackupCommon, kw_only=True):
     mode: Literal["existing", "absolute-paths"] = "absolute-paths"
 
 
-class Prepared:
-    """A backup that can begin: ``place`` it inside ``edit.changing``, ``release`` it afterwards."""
+class _Backup(Action):
+    """What both do once there is a target."""
 
-    def __init__(
-        self,
-        daemon: Daemon,
-        arguments: BackupCommon,
-        target: Node,
-        options: BackupOptions,
-        *,
-        backing: Node | None = None,
-    ) -> None:
-        self.node = daemon.find(arguments.device)
-        self.target = target
-        self._daemon = daemon
-        self._arguments = arguments
-        self._options = options
-        self._backing = backing
-        self._given_up: Node | None = None
+    joins_group = True
+    options: BackupCommon
+    node: Node
+    target: Node
+    _job: Backup | None = None
+    _backing: Node | None = None
+    """What is to show through the target, in place of what its header names."""
+    _change: edit.Change | None = None
 
-    @property
-    def nodes(self) -> tuple[Node, Node]:
-        """What nobody may be inside of."""
-        return self.node, self.target
+    async def begin_with(self, node: Node, target: Node) -> None:
+        """Both ends, open and free to be held."""
+        self.node, self.target = self.pin(node), self.pin(target)
+        self.nodes = [node, target]
+        bitmap = node.dirty_bitmaps.get(self.options.bitmap or "")
+        if bitmap is not None and not bitmap.inconsistent:
+            await bitmap.load()
 
-    async def place(self, group: Group) -> Backup:
-        """Enter the job in ``group``. The moment is now."""
-        arguments = self._arguments
-        check_backup(self.node, self.target, self._options)
-        identifier = new_id(self._daemon, arguments.job_id, arguments.device)
-        check_speed(arguments.speed)
-        change = None
+    def sync(self) -> SyncMode:
+        """What to save, in the end."""
+        return self.options.sync
+
+    async def change(self) -> None:
+        """Put the job in place. The moment is now."""
+        options = self.options
+        wanted = await _job_options(self.node, options, self.sync())
+        check_backup(self.node, self.target, wanted)
+        identifier = new_id(self.daemon, options.job_id, options.device)
+        check_speed(options.speed)
         if self._backing is not None:
-            self._given_up = self.target.backing
-            change = edit.set_backing(self.target, self._backing)
+            if self.target.backing is not None:
+                self.pin(self.target.backing)
+            self._change = edit.set_backing(self.target, self._backing)
+        self.group = self.group or Group(self.daemon.jobs)
+        self._job = await place_backup(
+            self.group, self.node, self.target, wanted,
+            filter_name=options.filter_node_name, identifier=identifier, speed=options.speed,
+            auto_finalize=options.auto_finalize, auto_dismiss=options.auto_dismiss,
+        )  # fmt: skip
+
+    async def undo(self) -> None:
+        """Take the job out again."""
+        if self._job is not None:
+            await self._job.withdraw()
+        if self._change is not None:
+            self._change.undo()
+
+    def commit(self) -> None:
+        """Let the job begin, with all of its group."""
+        assert self.group is not None
+        assert self._job is not None
+        if self._job.status is Status.CREATED:
+            self.group.start()
+
+
+class Blockdev(_Backup):
+    """``blockdev-backup``."""
+
+    NAME = "blockdev-backup"
+    Options = BlockdevBackup
+    options: BlockdevBackup
+
+    async def prepare(self) -> None:
+        """Find both ends."""
+        options, daemon = self.options, self.daemon
+        await self.begin_with(daemon.find(options.device), daemon.find(options.target))
+
+
+class Drive(_Backup):
+    """``drive-backup``."""
+
+    NAME = "drive-backup"
+    Options = DriveBackup
+    options: DriveBackup
+
+    def sync(self) -> SyncMode:
+        """Without a layer below, the top layer is all there is."""
+        alone = self.options.sync == "top" and len(self.node.chain()) == 1
+        return "full" if alone else self.options.sync
+
+    async def prepare(self) -> None:
+        """Make the target, and open it."""
+        options, graph = self.options, self.daemon.graph
+        node = self.daemon.find(options.device)
+        layers = node.chain()
+        below: Node | None = None
+        if options.sync == "none":
+            below = node
+        elif options.sync == "top" and len(layers) > 1:
+            below = layers[1]
+        format = options.format
+        if options.mode != "existing":
+            format = format or layers[0].driver.NAME
+            await _create(graph, options.target, format, node.size, below)
+        alone = options.sync == "none"
+        target = await _open(graph, options.target, format, alone=alone)
+        if alone and target.driver.supports_backing:
+            self._backing = node
         try:
-            return await place_backup(
-                group, self.node, self.target, self._options,
-                filter_name=arguments.filter_node_name, identifier=identifier,
-                speed=arguments.speed, auto_finalize=arguments.auto_finalize,
-                auto_dismiss=arguments.auto_dismiss,
-            )  # fmt: skip
+            await self.begin_with(node, target)
         except BaseException:
-            if change is not None:
-                change.undo()
+            await graph.release(target)
             raise
 
-    async def release(self) -> None:
-        """Close the target if it was opened for this and no job uses it."""
-        await self._daemon.graph.release(self.target)
-        if self._given_up is not None:
-            await self._daemon.graph.release(self._given_up)
 
-
-async def blockdev_backup(daemon: Daemon, arguments: BlockdevBackup) -> Backup:
+async def blockdev_backup(daemon: Daemon, arguments: BlockdevBackup) -> None:
     """Begin a backup to a node. Raises BlockError."""
-    return await _begin(daemon, await prepare_blockdev_backup(daemon, arguments))
+    await actions.carry_out(daemon, [Blockdev(daemon, arguments)])
 
 
-async def drive_backup(daemon: Daemon, arguments: DriveBackup) -> Backup:
+async def drive_backup(daemon: Daemon, arguments: DriveBackup) -> None:
     """Begin a backup to a file, which is made if need be. Raises BlockError."""
-    return await _begin(daemon, await prepare_drive_backup(daemon, arguments))
-
-
-async def _begin(daemon: Daemon, prepared: Prepared) -> Backup:
-    group = Group(daemon.jobs)
-    try:
-        async with edit.changing(daemon.graph):
-            backup = await prepared.place(group)
-    finally:
-        await prepared.release()
-    group.start()
-    return backup
-
-
-async def prepare_blockdev_backup(daemon: Daemon, arguments: BlockdevBackup) -> Prepared:
-    """Everything up to the moment itself."""
-    node = daemon.find(arguments.device)
-    target = daemon.find(arguments.target)
-    return Prepared(daemon, arguments, target, await _options(node, arguments))
-
-
-async def prepare_drive_backup(daemon: Daemon, arguments: DriveBackup) -> Prepared:
-    """Everything up to the moment itself; the target is made, and open."""
-    node = daemon.find(arguments.device)
-    layers = node.chain()
-    below: Node | None = None
-    sync = arguments.sync
-    if sync == "none":
-        below = node
-    elif sync == "top" and len(layers) > 1:
-        below = layers[1]
-    elif sync == "top":
-        sync = "full"
-    format = arguments.format
-    if arguments.mode != "existing":
-        format = format or layers[0].driver.NAME
-        await _create(daemon.graph, arguments.target, format, node.size, below)
-    target = await _open(daemon.graph, arguments.target, format, alone=sync == "none")
-    try:
-        options = await _options(node, arguments)
-        options.sync = sync
-        backing = below if sync == "none" and target.driver.supports_backing else None
-        return Prepared(daemon, arguments, target, options, backing=backing)
-    except BaseException:
-        await daemon.graph.release(target)
-        raise
+    await actions.carry_out(daemon, [Drive(daemon, arguments)])
 
 
 async def _create(graph: Graph, name: str, format: str, size: int, below: Node | None) -> None:
@@ -190,10 +204,7 @@ async def _create(graph: Graph, name: str, format: str, size: int, below: Node |
     backing = backing_format = None
     if below is not None:
         layer = below.chain()[0]
-        backing, backing_format = layer.filename, layer.driver.NAME
-        if os.path.dirname(name) and scheme_of(backing) is None:
-            # What names it is in another folder.
-            backing = os.path.abspath(backing)
+        backing, backing_format = seen_from(name, layer), layer.driver.NAME
     await create_image(
         graph, name, format, {}, size=size, backing=backing, backing_format=backing_format,
         check_backing=False,
@@ -212,7 +223,7 @@ async def _open(graph: Graph, name: str, format: str | None, *, alone: bool) -> 
     return await open_options(graph, options, Flags(read_only=False))
 
 
-async def _options(node: Node, arguments: BackupCommon) -> BackupOptions:
+async def _job_options(node: Node, arguments: BackupCommon, sync: SyncMode) -> BackupOptions:
     bitmap = _bitmap(node, arguments)
     if bitmap is not None:
         await bitmap.load()
@@ -222,7 +233,7 @@ async def _options(node: Node, arguments: BackupCommon) -> BackupOptions:
     if perf.max_chunk < 0:
         raise UsageError("max-chunk must be zero (which means no limit) or positive")
     return BackupOptions(
-        sync=arguments.sync,
+        sync=sync,
         bitmap=bitmap,
         bitmap_mode=arguments.bitmap_mode or "on-success",
         compress=arguments.compress,

@@ -189,7 +189,7 @@ class Sync(_External):
         if options.format not in graph.registry.table:
             raise UsageError(f"Unknown file format '{options.format}'")
         layer = self.base.chain()[0]
-        backing = _seen_from(options.snapshot_file, layer)
+        backing = seen_from(options.snapshot_file, layer)
         decoded, below = await create.prepare(
             graph, options.snapshot_file, options.format, {}, self.base.size, backing,
             layer.driver.NAME, check_backing=False,
@@ -223,7 +223,7 @@ def _find(daemon: Daemon, options: BlockdevSnapshotSync) -> Node:
     return node
 
 
-def _seen_from(overlay: str, layer: Node) -> str:
+def seen_from(overlay: str, layer: Node) -> str:
     """The name under which an image ``overlay`` finds ``layer``: as it is, if that is right."""
     name = layer.filename
     if name.startswith("json:") or scheme_of(name) not in (None, "file"):

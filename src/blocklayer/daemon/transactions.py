@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
-from blocklayer.daemon import actions, bitmaps, snapshots
+from blocklayer.daemon import actions, backups, bitmaps, snapshots
 from blocklayer.daemon.actions import Action
 from blocklayer.daemon.daemon import Daemon
 from blocklayer.errors import UsageError
@@ -47,6 +47,8 @@ register(
     snapshots.External,
     snapshots.Sync,
     snapshots.Internal,
+    backups.Blockdev,
+    backups.Drive,
 )
 
 

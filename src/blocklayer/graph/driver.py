@@ -312,6 +312,8 @@ class FormatDriver(Driver):
     """
     relocates: ClassVar[bool] = False
     """Whether the place of guest bytes can change (if not, writes need no serialising)."""
+    holds_zeros: bool = True
+    """A range can read as zeros, whatever is below it, without space of its own."""
     new_reads_zero: ClassVar[bool] = True
     """Whether a new image reads as zeros where nothing was written."""
 

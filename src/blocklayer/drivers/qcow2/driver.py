@@ -122,6 +122,7 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         self.compressor = Compressor(image, self.mapping, self.writer)
         self.resizer = Resizer(image, self.mapping, self.writer, self.zeroer)
         self.allocation_unit = header.cluster_size
+        self.holds_zeros = header.version >= 3
         self.zero_alignment = self.discard_alignment = image.geometry.subcluster_size
 
     async def _become_writer(self) -> None:
