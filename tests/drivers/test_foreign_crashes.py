@@ -32,6 +32,9 @@ KINDS = [
     Kind("vmdk", size=MIB // 2),
     Kind("vmdk", {"zeroed_grain": "on"}, size=MIB // 2),
     Kind("vmdk", {"subformat": "streamOptimized"}, size=MIB // 2),
+    Kind("qed", {"cluster_size": "4096"}, size=MIB // 2),
+    Kind("qcow", size=MIB // 2),
+    Kind("parallels", {"cluster_size": "4096"}, size=MIB // 2),
 ]
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 
