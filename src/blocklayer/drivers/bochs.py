@@ -10,7 +10,6 @@ from blocklayer.drivers.packed import ReadOnlyFormatDriver
 from blocklayer.drivers.tables import PAGE_SIZE, TableCache
 from blocklayer.errors import CorruptionError, FormatError
 from blocklayer.graph import io
-from blocklayer.graph.driver import DriverInfo
 from blocklayer.graph.extent import Extent, Kind
 from blocklayer.units import SECTOR
 
@@ -44,10 +43,6 @@ class BochsDriver(ReadOnlyFormatDriver):
     def size(self) -> int:
         """The disk's size."""
         return self._disk.size
-
-    def info(self) -> DriverInfo:
-        """QEMU shows no clusters either."""
-        return DriverInfo()
 
     async def map(self, offset: int, length: int) -> Extent:
         """The run of sectors from ``offset`` on that are all here, or all not."""

@@ -15,7 +15,6 @@ from blocklayer.drivers.tables import PAGE_SIZE, TableCache
 from blocklayer.drivers.unpacking import unpack_zlib
 from blocklayer.errors import CorruptionError, FormatError
 from blocklayer.graph import io
-from blocklayer.graph.driver import DriverInfo
 from blocklayer.graph.extent import Extent, Kind
 from blocklayer.graph.waiting import offload
 
@@ -51,10 +50,6 @@ class CloopDriver(ReadOnlyFormatDriver):
     def size(self) -> int:
         """All blocks."""
         return self._header.size
-
-    def info(self) -> DriverInfo:
-        """QEMU shows no clusters either."""
-        return DriverInfo()
 
     async def map(self, offset: int, length: int) -> Extent:
         """Everything is compressed."""

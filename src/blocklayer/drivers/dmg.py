@@ -15,7 +15,6 @@ from blocklayer.drivers.blocks import FileOptions
 from blocklayer.drivers.packed import Kept, ReadOnlyFormatDriver
 from blocklayer.errors import CorruptionError, FormatError, UnsupportedError
 from blocklayer.graph import io
-from blocklayer.graph.driver import DriverInfo
 from blocklayer.graph.extent import Extent, Kind
 from blocklayer.graph.waiting import offload
 
@@ -61,10 +60,6 @@ class DmgDriver(ReadOnlyFormatDriver):
     def size(self) -> int:
         """Up to the end of the last chunk."""
         return self._chunks.size
-
-    def info(self) -> DriverInfo:
-        """QEMU shows no clusters either."""
-        return DriverInfo()
 
     async def map(self, offset: int, length: int) -> Extent:
         """The chunk at ``offset``, or the gap."""

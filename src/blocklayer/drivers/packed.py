@@ -41,6 +41,9 @@ class Kept:
 class ReadOnlyFormatDriver(BlockFormatDriver):
     """Base of drivers whose images cannot be written."""
 
+    def info(self) -> None:
+        """QEMU has nothing to say either."""
+
     def require_read_only(self) -> None:
         """Raise UnsupportedError, or become read-only, if the node is to be writable."""
         flags = self.node.flags

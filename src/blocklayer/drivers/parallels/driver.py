@@ -165,6 +165,9 @@ class ParallelsDriver(BlockFormatDriver):
         count = min(PAGE_WORDS, self.header.bat_entries - first)
         return await self.table.load(Header.SIZE + 4 * first, count), first
 
+    def info(self) -> None:
+        """QEMU has nothing to say either."""
+
     def is_place(self, place: int) -> bool:
         """Whether a cluster can be at ``place``."""
         return self.header.data_offset <= place < self._storage.size
