@@ -13,7 +13,6 @@ import msgspec
 
 from blocklayer.codec import parallels
 from blocklayer.drivers.blocks import MAX_MESSAGES
-from blocklayer.drivers.parallels.clusters import find_holes
 from blocklayer.drivers.parallels.driver import PAGE_WORDS
 from blocklayer.drivers.tables import Space
 from blocklayer.graph import io
@@ -51,7 +50,7 @@ async def _look(driver: ParallelsDriver) -> _Table:
         numbers.append(used + numpy.uint64(first))
         parts.append(words[used] * numpy.uint64(header.entry_size))
     entries, places = numpy.concatenate(numbers), numpy.concatenate(parts)
-    apart = places[1:] != places[:-1] + numpy.uint64(unit)
+    apart = (places[1:] != places[:-1] + unit) & (entries[1:] == entries[:-1] + 1)
     found = _Table(allocated=len(places), fragmented=int(apart.sum()))
     size = driver.node.children["file"].node.size
     outside = (places < header.data_offset) | (places >= size)
@@ -61,8 +60,7 @@ async def _look(driver: ParallelsDriver) -> _Table:
     order = numpy.argsort(places, kind="stable")
     close = numpy.flatnonzero(numpy.diff(places[order]) < unit) + 1
     found.twice = sorted(entries[order][close].tolist())
-    last = places[order][-1:].tolist()
-    found.end = find_holes(last, header.data_offset, unit)[1]
+    found.end = int(places.max()) + unit if len(places) else header.data_offset
     return found
 
 

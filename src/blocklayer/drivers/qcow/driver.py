@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from msgspec import UNSET, Meta, UnsetType
 
@@ -19,10 +19,11 @@ from blocklayer.codec import qcow
 from blocklayer.codec.qcow import COMPRESSED, Header
 from blocklayer.drivers.blocks import BlockFormatDriver, FileOptions, new_run
 from blocklayer.drivers.qcow.clusters import Unpacker
+from blocklayer.drivers.qcow.encryption import EncryptOptions, check_unused, unlock
 from blocklayer.drivers.qcow2.packing import pack_cluster, packing_level
 from blocklayer.drivers.tables import Space
 from blocklayer.drivers.two_level import TwoLevelTable
-from blocklayer.errors import CorruptionError, FormatError, UnsupportedError, UsageError
+from blocklayer.errors import CorruptionError, FormatError, UsageError
 from blocklayer.graph import io
 from blocklayer.graph.driver import BackingReference, Buffer, DriverInfo
 from blocklayer.graph.extent import Allocation, Extent, Kind
@@ -33,11 +34,15 @@ from blocklayer.graph.options import Reference
 from blocklayer.graph.waiting import offload
 from blocklayer.units import SECTOR, align_up, div_up
 
+if TYPE_CHECKING:
+    from blocklayer.drivers.crypto.sealed import Sealed
+
 
 class QcowOptions(FileOptions):
     """Options of an open image."""
 
     backing: Reference | UnsetType | None = UNSET
+    encrypt: EncryptOptions | UnsetType = UNSET
 
 
 class QcowCreateOptions(BaseCreateOptions):
@@ -82,8 +87,13 @@ class QcowDriver(BlockFormatDriver):
         self._storage = await self.open_file()
         data = await io.read(self._storage, 0, min(Header.SIZE, self._storage.size))
         header = self.header = qcow.decode_header(data, self._storage.size)
-        if header.crypt_method != qcow.CRYPT_NONE:
-            raise UnsupportedError(f"'{self._storage.filename}' is encrypted")
+        self._sealed: Sealed | None = None
+        options = self.node.options
+        assert isinstance(options, QcowOptions)
+        if self._encrypted:
+            self._sealed = unlock(self.node, self._storage, options.encrypt)
+        else:
+            check_unused(options.encrypt)
         self._backing: BackingReference | None = None
         if header.backing_file_offset and header.backing_file_size:
             name = await io.read(
@@ -130,8 +140,11 @@ class QcowDriver(BlockFormatDriver):
 
     def info(self) -> DriverInfo:
         """Clusters, and whether they are encrypted."""
-        encrypted = self.header.crypt_method != qcow.CRYPT_NONE
-        return DriverInfo(cluster_size=self.header.cluster_size, encrypted=encrypted)
+        return DriverInfo(cluster_size=self.header.cluster_size, encrypted=self._encrypted)
+
+    @property
+    def _encrypted(self) -> bool:
+        return self.header.crypt_method != qcow.CRYPT_NONE
 
     def _check_table(self, index: int, place: int) -> None:
         if place < self.header.l1_end or place + 8 * self.header.l2_entries > align_up(
@@ -174,10 +187,12 @@ class QcowDriver(BlockFormatDriver):
             return Extent(offset, length, Kind.UNALLOCATED)
         self._check_cluster(first + stop - 1, entries[stop - 1])
         place = self._check_cluster(cluster, entry) + within
+        if self._encrypted:
+            return Extent(offset, length, Kind.OPAQUE, place, child)
         return Extent(offset, length, Kind.DATA, place, child, writable=True)
 
     async def read_opaque(self, offset: int, view: memoryview) -> None:
-        """Unpack compressed clusters."""
+        """Unpack compressed clusters, and decrypt encrypted ones."""
         unit, done = self.header.cluster_size, 0
         while done < len(view):
             cluster, within = divmod(offset + done, unit)
@@ -187,6 +202,11 @@ class QcowDriver(BlockFormatDriver):
             if entry & COMPRESSED:
                 data = await self._unpacker.read(cluster, entry)
                 piece[:] = data[within : within + len(piece)]
+            elif entry and self._encrypted:
+                if self._sealed is None:
+                    raise UsageError(f"'{self._storage.filename}' was opened without its key")
+                place = self._check_cluster(cluster, entry) + within
+                await self._sealed.read(place, offset + done, piece)
             else:
                 # Rewritten since the request looked: let it have what is there now.
                 await io.read_into(self.node, offset + done, piece)
