@@ -52,12 +52,15 @@ def test_what_cannot_be_made(size: int, cluster_size: str, said: str, tmpfs: Pat
 
 
 def test_another_reader_agrees(tmpfs: Path) -> None:
-    """As far as it goes: it wants the folder of a Parallels machine around the image."""
+    """It knows the old magic only, and wants the folder of a Parallels machine around the image."""
     folder = tmpfs / "disk.hdd"
     folder.mkdir()
     image = folder / "disk.hdd.0.hds"
     kind = Kind("parallels", size=4 * MIB)
     kind.create(image)
+    data = bytearray(image.read_bytes())
+    data[:16] = b"WithoutFreeSpace"
+    image.write_bytes(data)
     model = write_ours(image, kind, seed=8)
     (folder / "disk.hdd").touch()
     (folder / "DiskDescriptor.xml").write_text(_DESCRIPTOR.format(sectors=len(model) // 512))

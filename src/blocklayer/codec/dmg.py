@@ -107,11 +107,6 @@ class Chunks(msgspec.Struct, frozen=True):
     places: array[int]
     lengths: array[int]
 
-    @property
-    def size(self) -> int:
-        """The disk's size."""
-        return self.ends[-1] if self.ends else 0
-
 
 def decode_trailer(data: bytes, file_size: int) -> Trailer:
     """The trailer in ``data``, the file's last ``TAIL_SIZE`` bytes. Raises FormatError.
@@ -127,6 +122,8 @@ def decode_trailer(data: bytes, file_size: int) -> Trailer:
         raise FormatError("Image not in dmg format: it does not end in a 'koly' block")
     if trailer.segments > 1:
         raise UnsupportedError("Images in several segments are not supported")
+    if trailer.sectors > _MAX_SECTORS:
+        raise FormatError(f"The image has {trailer.sectors:#x} sectors")
     for offset, length in (
         (trailer.list_offset, trailer.list_length),
         (trailer.fork_offset, trailer.fork_length),

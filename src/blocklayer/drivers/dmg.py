@@ -17,6 +17,7 @@ from blocklayer.errors import CorruptionError, FormatError, UnsupportedError
 from blocklayer.graph import io
 from blocklayer.graph.extent import Extent, Kind
 from blocklayer.graph.waiting import offload
+from blocklayer.units import SECTOR
 
 _UNPACKERS: Final = {
     dmg.ZLIB: unpacking.unpack_zlib,
@@ -45,6 +46,7 @@ class DmgDriver(ReadOnlyFormatDriver):
         tail = min(size, dmg.TAIL_SIZE)
         data = await io.read(storage, size - tail, tail)
         trailer = dmg.decode_trailer(data, size)
+        self._size = trailer.sectors * SECTOR
         if trailer.list_length:
             data = await io.read(storage, trailer.list_offset, trailer.list_length)
             tables = await offload(dmg.tables_of_plist, data)
@@ -58,15 +60,17 @@ class DmgDriver(ReadOnlyFormatDriver):
 
     @property
     def size(self) -> int:
-        """Up to the end of the last chunk."""
-        return self._chunks.size
+        """What the trailer says, whatever chunks there are."""
+        return self._size
 
     async def map(self, offset: int, length: int) -> Extent:
         """The chunk at ``offset``, or the gap."""
         chunks = self._chunks
         number = bisect_right(chunks.starts, offset) - 1
         if number < 0 or offset >= chunks.ends[number]:
-            return Extent(offset, min(length, chunks.starts[number + 1] - offset), Kind.ZERO)
+            if number + 1 < len(chunks.starts):
+                length = min(length, chunks.starts[number + 1] - offset)
+            return Extent(offset, length, Kind.ZERO)
         length = min(length, chunks.ends[number] - offset)
         kind, child = chunks.kinds[number], self.node.children["file"]
         if kind == dmg.ZERO:
