@@ -26,7 +26,8 @@ _MAGIC: Final = int.from_bytes(MAGIC, "little")
 FEATURE_BACKING_FILE: Final = 1
 FEATURE_NEED_CHECK: Final = 2
 FEATURE_BACKING_RAW: Final = 4
-_KNOWN: Final = FEATURE_BACKING_FILE | FEATURE_NEED_CHECK | FEATURE_BACKING_RAW
+FEATURES: Final = FEATURE_BACKING_FILE | FEATURE_NEED_CHECK | FEATURE_BACKING_RAW
+"""All that are known."""
 
 UNALLOCATED: Final = 0
 ZERO: Final = 1
@@ -82,8 +83,8 @@ def decode_header(data: bytes, file_size: int) -> Header:
     header = Header.unpack(data)
     if header.magic != _MAGIC:
         raise FormatError("Image not in QED format")
-    if header.features & ~_KNOWN:
-        raise UnsupportedError(f"Unsupported QED features: {header.features & ~_KNOWN:x}")
+    if header.features & ~FEATURES:
+        raise UnsupportedError(f"Unsupported QED features: {header.features & ~FEATURES:x}")
     if not _valid_cluster_size(header.cluster_size):
         raise FormatError("QED cluster size is invalid")
     if not _valid_table_size(header.table_size):
