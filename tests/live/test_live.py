@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from live.daemons import THEIRS, Daemon, disk_arguments, live, running
+from live.daemons import OURS, THEIRS, Daemon, disk_arguments, live, running
 from oracles import Oracle, require
 
 SIZE = "8M"
 
 
-@pytest.fixture(params=[THEIRS])
+@pytest.fixture(params=[THEIRS, OURS])
 def daemon(request: pytest.FixtureRequest, tmp_path: Path, qemu_img: Oracle) -> Iterator[Daemon]:
     """A daemon with vda, a chain of base, middle, top; and vdb, one image."""
     require("qemu-io")

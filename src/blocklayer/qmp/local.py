@@ -26,6 +26,7 @@ class LocalMonitor:
 
     def __init__(self, server: Server) -> None:
         self.server = server
+        self.named_descriptors: dict[str, int] = {}
 
     def take_descriptor(self) -> int:
         """Nothing comes with these commands. Raises CommandError."""
