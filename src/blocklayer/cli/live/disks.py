@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from blocklayer.errors import UsageError
-from blocklayer.qmp.client import Client
+from blocklayer.qmp.client import Client, CommandFailed
 
 FILTERS: Final = frozenset(
     (
@@ -107,7 +107,7 @@ class Disks:
         return cls(
             await client.execute("query-named-block-nodes", {"flat": True}),
             await client.execute("x-debug-query-block-graph"),
-            await client.execute("query-block"),
+            await _devices(client),
             await client.execute("query-block-exports"),
         )
 
@@ -178,6 +178,16 @@ class Disks:
             )
             name = children.get("backing")
         return layers
+
+
+async def _devices(client: Client) -> list[dict[str, Any]]:
+    try:
+        return list(await client.execute("query-block"))
+    except CommandFailed as error:
+        if error.error_class != "CommandNotFound":
+            raise
+        # A daemon that has exports only.
+        return []
 
 
 def _in_order(front: tuple[str, tuple[str, str]]) -> tuple[str, str]:
