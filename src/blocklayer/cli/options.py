@@ -120,8 +120,8 @@ class Field(msgspec.Struct, frozen=True):
 
     @property
     def long_names(self) -> tuple[str, ...]:
-        """All its long names; the help text shows the first."""
-        return (self.name.replace("_", "-"), *self.option.also)
+        """All its long names; the help text shows the first. (``async_`` is ``--async``.)"""
+        return (self.name.rstrip("_").replace("_", "-"), *self.option.also)
 
 
 _HELP = Field("help", Option("print this help and exit", "h", group="Output"), False)
