@@ -29,7 +29,9 @@ EMULATOR_ONLY = {
 }  # fmt: skip
 NOT_BUILT = {"telnet", "tn3270", "websocket", "tls-creds", "tls-authz"}
 """Members of ours that real ones have: what a client gets is that they are unexpected."""
-SINCE_LATER = {"keep-alive-count", "keep-alive-idle", "keep-alive-interval", "children"}
+SINCE_LATER = {
+    "keep-alive-count", "keep-alive-idle", "keep-alive-interval", "children", "on-cbw-error",
+}  # fmt: skip
 TAKES_OPTIONS = {"blockdev-add", "blockdev-reopen", "object-add"}
 """Their unions are those of what is built; drivers' options are looked at below."""
 UNTYPED = ("format-specific.[1]", "driver-specific.[1]")
@@ -41,6 +43,7 @@ OURS = (
     "..[1].vpc.backing",
     "..[1].qcow2.overlap-check.[1].builtin",
     "..[1].qcow2.encrypt",
+    "..[1].qcow.encrypt",
     "..[1].nbd.",
 )
 """Drivers and options that QEMU does not have, or whose members are not declared yet."""

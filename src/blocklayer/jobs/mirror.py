@@ -98,7 +98,7 @@ class Mirror(Job):
         """From ``background`` to ``write-blocking``; there is no way back."""
         self.check_verb("change")
         if copy_mode != "write-blocking":
-            raise UsageError("A mirror cannot go back to copy mode 'background'")
+            raise UsageError("Change to copy mode 'background' is not implemented")
         self._watch_writes()
 
     def _watch_writes(self) -> None:
