@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 
 from oracles import Oracle, require
 
-ORACLE_FIXTURES = {"qemu_img", "qemu_io", "e2fsck", "mke2fs"}
+ORACLE_FIXTURES = {"qemu_img", "qemu_io", "qemu_nbd", "nbdinfo", "nbdcopy", "e2fsck", "mke2fs"}
 TMPFS_ROOM = 32 << 20
 
 # No deadline in any profile: an example's time depends on who shares the machine. For the same
@@ -61,6 +61,24 @@ def qemu_img() -> Oracle:
 def qemu_io() -> Oracle:
     """The real qemu-io: `qemu_io("-f", "qcow2", "-c", "write -P 7 0 64k", path)`."""
     return require("qemu-io")
+
+
+@pytest.fixture(scope="session")
+def qemu_nbd() -> Oracle:
+    """The real qemu-nbd: `qemu_nbd("--list", "-k", path)`."""
+    return require("qemu-nbd")
+
+
+@pytest.fixture(scope="session")
+def nbdinfo() -> Oracle:
+    """The real nbdinfo: `nbdinfo.json("--json", "--map", uri)`."""
+    return require("nbdinfo")
+
+
+@pytest.fixture(scope="session")
+def nbdcopy() -> Oracle:
+    """The real nbdcopy: `nbdcopy(uri, path)`."""
+    return require("nbdcopy")
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,7 @@ def find(tool: str) -> Oracle | str:
         return f"oracle {tool} is not installed (scripts/oracles installs it)"
     if tool.startswith("qemu-"):
         banner = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-        version = re.search(r"version (\d+)", banner.stdout)
+        version = re.search(r"(?:version|qemu-nbd) (\d+)", banner.stdout)
         if version is None or int(version[1]) < OLDEST_QEMU:
             said = banner.stdout.partition("\n")[0] or "an unknown version"
             return f"oracle {tool} is {said}, QEMU {OLDEST_QEMU} is needed (run scripts/oracles)"

@@ -66,6 +66,13 @@ KINDS = [
     Kind("vmdk", {"subformat": "twoGbMaxExtentSparse"}),
     Kind("vmdk", {"subformat": "twoGbMaxExtentFlat"}),
     Kind("vmdk", {"subformat": "streamOptimized"}),
+    Kind("qed"),
+    Kind("qed", {"cluster_size": "4096", "table_size": "2"}, size=3 * MIB + 1536),
+    Kind("qcow"),
+    Kind("qcow", size=3 * MIB + 1536),
+    Kind("parallels"),
+    Kind("parallels", {"cluster_size": "64k"}, size=3 * MIB + 1536),
+    Kind("parallels", {"cluster_size": "129024"}),
 ]
 
 

@@ -30,6 +30,14 @@ handle.open_extent_data_files()
 sys.stdout.buffer.write(handle.read_buffer_at_offset(handle.get_media_size(), 0))
 """
 
+_PHDI = """
+import sys, pyphdi
+handle = pyphdi.handle()
+handle.open(sys.argv[1])
+handle.open_extent_data_files()
+sys.stdout.buffer.write(handle.read_buffer_at_offset(handle.get_media_size(), 0))
+"""
+
 
 def read_vhd(*paths: Path) -> bytes:
     """What libvhdi finds in a VHD or VHDX image; its parent may follow."""
@@ -39,6 +47,11 @@ def read_vhd(*paths: Path) -> bytes:
 def read_vmdk(path: Path) -> bytes:
     """What libvmdk finds."""
     return _run("pyvmdk", _VMDK, path)
+
+
+def read_parallels(path: Path) -> bytes:
+    """What libphdi finds in the disk that a ``DiskDescriptor.xml`` describes."""
+    return _run("pyphdi", _PHDI, path)
 
 
 def _run(module: str, script: str, *paths: Path) -> bytes:

@@ -95,3 +95,39 @@ class TestVmdkStream(DiskContract):
     @pytest.fixture
     def target(self, tmpfs: Path) -> Target:
         return Target(tmpfs, "vmdk", subformat="streamOptimized")
+
+
+class TestQed(FormatContract):
+    cluster_size: ClassVar[int] = 65536
+    granularity: ClassVar[int] = 512
+
+    @pytest.fixture
+    def target(self, tmpfs: Path) -> Target:
+        return Target(tmpfs, "qed")
+
+
+class TestQedSmallClusters(FormatContract):
+    cluster_size: ClassVar[int] = 4096
+    granularity: ClassVar[int] = 512
+
+    @pytest.fixture
+    def target(self, tmpfs: Path) -> Target:
+        return Target(tmpfs, "qed", cluster_size="4096", table_size="1")
+
+
+class TestQcow(FormatContract):
+    cluster_size: ClassVar[int] = 4096
+    granularity: ClassVar[int] = 512
+
+    @pytest.fixture
+    def target(self, tmpfs: Path) -> Target:
+        return Target(tmpfs, "qcow")
+
+
+class TestParallels(FormatContract):
+    cluster_size: ClassVar[int] = 65536
+    granularity: ClassVar[int] = 512
+
+    @pytest.fixture
+    def target(self, tmpfs: Path) -> Target:
+        return Target(tmpfs, "parallels", cluster_size="65536")

@@ -14,7 +14,7 @@ from blocklayer import BlockError, aio
 from drivers.images import KINDS, MIB, Kind, read_all, write_ours, write_theirs
 from oracles import Oracle
 
-CHECKED = ("vdi", "vhdx", "vmdk")
+CHECKED = ("vdi", "vhdx", "vmdk", "qed", "parallels")
 """Formats for which qemu-img has a check."""
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 

@@ -194,6 +194,20 @@ def test_generated_commits(
         assert (folder / "base.raw").read_bytes()[:size] == (folder / "before.raw").read_bytes()
 
 
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+def test_zeros_of_no_backing_file_hide_the_new_one(
+    tmpfs: Path, qemu_img: Oracle, qemu_io: Oracle, compat: str
+) -> None:
+    for name in ("top", "below"):
+        qemu_img("create", "-q", "-f", "qcow2", "-o", f"compat={compat}", name, "1M", cwd=tmpfs)
+    qemu_io("-c", "write -P 1 0 1M", "below", cwd=tmpfs)
+    qemu_io("-c", "write -P 2 64k 64k", "top", cwd=tmpfs)
+    assert ours("rebase -f qcow2 -b below -F qcow2 top", tmpfs) == (0, "", "")
+    reads = ("read -P 0 0 64k", "read -P 2 64k 64k", "read -P 0 128k 896k")
+    for read in reads:
+        assert "failed" not in qemu_io("-c", read, "top", cwd=tmpfs).stdout
+
+
 @FEW
 @given(
     drawn=layered(most=4, requests=5, granularity=512),

@@ -10,11 +10,13 @@ import pytest
 from blocklayer.drivers.host.fileio import FileIO
 from blocklayer.errors import UsageError
 from blocklayer.graph import edit
+from blocklayer.graph.permission import Permission
+from blocklayer.graph.root import Root
 from blocklayer.jobs.background import Policies
 from blocklayer.jobs.mirror import MirrorOptions
 from blocklayer.jobs.starting import start_active_commit, start_mirror
 from blocklayer.jobs.states import Status
-from jobs.live import SIZE, Guest, Stage, play
+from jobs.live import READ_WRITE, SIZE, Guest, Stage, play
 
 
 async def until_ready(job: object) -> None:
@@ -111,7 +113,8 @@ def test_cancelled_at_any_time_the_guest_stays(tmp_path: Path, when: str) -> Non
 def test_an_active_commit_moves_the_guest_to_its_base(tmp_path: Path, seed: int) -> None:
     async def scene(stage: Stage) -> None:
         nodes = await stage.chain("base", "middle", "top", seed=seed)
-        root = stage.attach(nodes[-1])
+        # A guest that lets nobody else write, as a device does.
+        root = Root(nodes[-1], "the guest", READ_WRITE, Permission.CONSISTENT_READ)
         guest = Guest(root, seed, await root.read(0, SIZE))
         guest.start()
         group = stage.group()

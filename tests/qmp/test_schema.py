@@ -22,17 +22,29 @@ ASK = {"execute": "query-qmp-schema"}
 
 EMULATOR_ONLY = {
     "getfd", "closefd", "add-fd", "remove-fd", "query-fdsets", "query-name",
-    "human-monitor-command",
+    "human-monitor-command", "DEVICE_TRAY_MOVED", "DEVICE_DELETED", "STOP", "RESUME",
+    "device_add", "device_del", "eject", "blockdev-open-tray", "blockdev-close-tray",
+    "blockdev-remove-medium", "blockdev-insert-medium", "blockdev-change-medium",
+    "query-status", "stop", "cont",
 }  # fmt: skip
 NOT_BUILT = {"telnet", "tn3270", "websocket", "tls-creds", "tls-authz"}
 """Members of ours that real ones have: what a client gets is that they are unexpected."""
-SINCE_LATER = {"keep-alive-count", "keep-alive-idle", "keep-alive-interval"}
+SINCE_LATER = {
+    "keep-alive-count", "keep-alive-idle", "keep-alive-interval", "children", "on-cbw-error",
+}  # fmt: skip
+TAKES_OPTIONS = {"blockdev-add", "blockdev-reopen", "object-add"}
+"""Their unions are those of what is built; drivers' options are looked at below."""
+UNTYPED = ("format-specific.[1]", "driver-specific.[1]")
+"""What drivers have to say of themselves is shown as it is."""
 
 OURS = (
     ".driver.[1]: not accepted by the real one: {'memory'}",
     "..[1].memory",
     "..[1].vpc.backing",
     "..[1].qcow2.overlap-check.[1].builtin",
+    "..[1].qcow2.encrypt",
+    "..[1].qcow.encrypt",
+    "..[1].nbd.",
 )
 """Drivers and options that QEMU does not have, or whose members are not declared yet."""
 
@@ -150,14 +162,15 @@ def differences(own: Any, real: Any, where: str, whole: bool) -> Iterator[str]:
 def test_commands_and_events_are_qemus(theirs: Types) -> None:
     ours = Types(schema(COMMANDS, EVENTS))
     for name, entry in ours.by_name.items():
-        if entry["meta-type"] not in ("command", "event") or name in EMULATOR_ONLY:
+        if entry["meta-type"] not in ("command", "event") or name in EMULATOR_ONLY | TAKES_OPTIONS:
             continue
         real = theirs.by_name[name]
         for part in ("arg-type", "ret-type"):
             if name == "query-qmp-schema" or part not in real:
                 continue
             own, known = ours.describe(entry[part]), theirs.describe(real[part])
-            assert list(differences(own, known, name, whole=True)) == []
+            found = differences(own, known, name, whole=True)
+            assert [line for line in found if not any(part in line for part in UNTYPED)] == []
 
 
 @pytest.mark.oracle("qemu-storage-daemon")

@@ -65,7 +65,7 @@ class ChildInfo(msgspec.Struct, frozen=True):
     info: ImageInfo
 
 
-def image_info(node: Node, *, limits: bool = False) -> ImageInfo:
+def image_info(node: Node, *, limits: bool = False, children: bool = True) -> ImageInfo:
     """Everything that can be told of ``node`` without reading guest data, ``limits`` on request."""
     driver = node.driver
     info = ImageInfo(
@@ -73,7 +73,7 @@ def image_info(node: Node, *, limits: bool = False) -> ImageInfo:
             ChildInfo(name, image_info(edge.node, limits=limits))
             # The newest child first, as QEMU's tools list them.
             for name, edge in reversed(node.children.items())
-            if edge.role in (Role.STORAGE, Role.FILTERED)
+            if children and edge.role in (Role.STORAGE, Role.FILTERED)
         ],
         virtual_size=node.size,
         filename=node.filename,

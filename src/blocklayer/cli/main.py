@@ -31,6 +31,16 @@ QEMU_VERSION: Final = "10.0.0"
 GROUPS: Final = {
     "img": ("qemu-img", "blocklayer.cli.img", "Work on disk images (used like qemu-img)"),
     "io": ("qemu-io", "blocklayer.cli.io.main:Io", "Read and write inside an image (like qemu-io)"),
+    "daemon": (
+        "qemu-storage-daemon",
+        "blocklayer.cli.daemon.main:Daemon",
+        "Keep disks open, and change them while they are used (like qemu-storage-daemon)",
+    ),
+    "live": (
+        None,
+        "blocklayer.cli.live",
+        "Snapshot, commit, copy, back up disks of a running daemon (like virsh)",
+    ),
     "shell": (
         "qmp-shell",
         "blocklayer.cli.shell.main:Shell",
@@ -170,7 +180,10 @@ def _run_place(place: str, arguments: list[str]) -> int:
         return 0
     if ":" in place:
         return _run_command(place, console.program, arguments)
-    table: dict[str, str] = _import(place).COMMANDS
+    group = _import(place)
+    table: dict[str, str] = group.COMMANDS
+    if hasattr(group, "ADDRESS"):
+        return _run_at_address(group, arguments)
     traced, arguments = _split_trace(arguments)
     if traced:
         from blocklayer.cli import trace
@@ -181,6 +194,27 @@ def _run_place(place: str, arguments: list[str]) -> int:
         with trace.tracing(traced):
             return _run_subcommand(table, arguments)
     return _run_subcommand(table, arguments)
+
+
+def _run_at_address(group: ModuleType, arguments: list[str]) -> int:
+    """``ADDRESS COMMAND …``: the address becomes the command's first operand."""
+    table: dict[str, str] = group.COMMANDS
+    if not arguments or arguments[0] in ("-h", "--help"):
+        console.write(_group_help(table, group.TITLE, f"{group.ADDRESS} "))
+        return 0 if arguments else 1
+    address, *rest = arguments
+    if address in table:
+        # Help about a command needs no daemon.
+        address, rest = group.ADDRESS, arguments
+    if not rest or rest[0] not in table:
+        known = f"one of {', '.join(table)}"
+        raise CommandLineError(
+            f"Command not found: {rest[0]}; expecting {known}" if rest else f"Expecting {known}"
+        )
+    called = f"{console.program} {group.ADDRESS} {rest[0]}"
+    if address == group.ADDRESS and not {"-h", "--help"}.intersection(rest):
+        raise CommandLineError(f"Expecting {group.ADDRESS} before '{rest[0]}'")
+    return _run_command(table[rest[0]], called, [address, *rest[1:]])
 
 
 def _split_trace(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -242,6 +276,9 @@ def _run_command(place: str, called: str, arguments: list[str]) -> int:
         command = parse(command_class, arguments, called)
         _import("blocklayer.cli.objects").define(command.object)
         _answer_progress_signal()
+        code = command.run_alone()
+        if code is not None:
+            return code
         if command.writes:
             return _run_as_task(command)
         return _run_in_place(command)
@@ -311,21 +348,24 @@ def _top_help() -> str:
     return "\n".join([*lines, *_standard_options()])
 
 
-def _group_help(table: dict[str, str]) -> str:
+def _group_help(table: dict[str, str], title: str = "disk image utility", address: str = "") -> str:
     from blocklayer.cli.help import summary
     from blocklayer.drivers import REGISTRY
 
     program = console.program
     lines = [
-        f"{program}: disk image utility.  Usage:",
+        f"{program}: {title}.  Usage:",
         "",
-        f"  {program} [standard options] COMMAND [--help | command options]",
+        f"  {program} [standard options] {address}COMMAND [--help | command options]",
         "",
         f"Recognized commands (run {program} COMMAND --help for command-specific help):",
         "",
     ]
     lines += [f"  {name} - {summary(load_command(place))}" for name, place in table.items()]
-    lines += ["", "Supported image formats:", "", f"  {' '.join(sorted(REGISTRY.table))}"]
+    if address:
+        return "\n".join([*lines, *_standard_options()])
+    names = sorted(name for name, entry in REGISTRY.table.items() if not entry.internal)
+    lines += ["", "Supported image formats:", "", f"  {' '.join(names)}"]
     return "\n".join([*lines, *_standard_options()[:-1], *_TRACE_HELP, ""])
 
 

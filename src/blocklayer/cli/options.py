@@ -68,6 +68,8 @@ class Command(msgspec.Struct, kw_only=True):
     OPERANDS: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Names (as in the usage line) and descriptions of what follows the options."""
 
+    ONE_DASH: ClassVar[bool] = False
+    """Whether long names are known with a single dash, too."""
     ENDS_IN_NUMBER: ClassVar[bool] = False
     """Whether a last word like ``-5G`` is an operand."""
     EXIT_CODES: ClassVar[tuple[tuple[int, str], ...]] = EXIT_CODES
@@ -97,6 +99,10 @@ class Command(msgspec.Struct, kw_only=True):
         """Do it; the answer is the exit code. Errors are raised, the caller shows them."""
         raise AssertionError(f"{type(self).__name__} has no run()")
 
+    def run_alone(self) -> int | None:
+        """The same without a loop, for what forks first; None: ``run`` it."""
+        return None
+
     def left_behind(self) -> str:
         """What an interrupted run leaves, for the user: "'x.qcow2' is incomplete"."""
         return ""
@@ -114,8 +120,8 @@ class Field(msgspec.Struct, frozen=True):
 
     @property
     def long_names(self) -> tuple[str, ...]:
-        """All its long names; the help text shows the first."""
-        return (self.name.replace("_", "-"), *self.option.also)
+        """All its long names; the help text shows the first. (``async_`` is ``--async``.)"""
+        return (self.name.rstrip("_").replace("_", "-"), *self.option.also)
 
 
 _HELP = Field("help", Option("print this help and exit", "h", group="Output"), False)
@@ -150,6 +156,7 @@ class _Parser:
 
     def __init__(self, command: type[Command], called: str) -> None:
         self._called = called
+        self._one_dash = command.ONE_DASH
         self._ends_in_number = command.ENDS_IN_NUMBER
         self._long: dict[str, Field] = {}
         self._letters: dict[str, Field] = {}
@@ -168,7 +175,9 @@ class _Parser:
             if argument == "--":
                 operands += reversed(self._rest)
                 break
-            if argument.startswith("--"):
+            if self._one_dash and argument.startswith("-") and argument[1:] in self._long:
+                self._take_long(argument[1:])
+            elif argument.startswith("--"):
                 self._take_long(argument[2:])
             elif len(argument) > 1 and argument[0] == "-" and not self._is_number(argument):
                 self._take_letters(argument[1:])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import BlockError, UsageError
@@ -23,6 +24,17 @@ from blocklayer.graph.node import Node
 from blocklayer.graph.registry import Registry
 from blocklayer.jobs.group import Jobs
 
+if TYPE_CHECKING:
+    from blocklayer.daemon.devices import Device
+    from blocklayer.exports.export import Export
+    from blocklayer.exports.nbd.server import NbdServer
+
+
+class DeviceNotFoundError(UsageError):
+    """There is no device, node or object of that name."""
+
+    error_class = "DeviceNotFound"
+
 
 class Daemon:
     """A live block layer. Use it on one event loop only."""
@@ -30,6 +42,14 @@ class Daemon:
     def __init__(self, *, policy: Policy | None = None, registry: Registry = REGISTRY) -> None:
         self.graph = Graph(registry, policy)
         self.jobs = Jobs()
+        self.devices: list[Device] = []
+        """The oldest first; ``daemon.devices`` adds and removes them."""
+        self.status = "running"
+        """Of a machine that is not there: ``stop`` and errors pause it, ``cont`` resumes it."""
+        self.exports: dict[str, Export] = {}
+        """By id, the oldest first; ``daemon.exports`` adds and removes them."""
+        self.nbd_servers: dict[str, NbdServer] = {}
+        """By name; the one that QMP knows has the name ""."""
         self.front_ends: list[Callable[[], Awaitable[None]]] = []
         """What ends each kind of front end (devices, servers, exports), the first to end last."""
 
@@ -46,13 +66,21 @@ class Daemon:
 
     def find(self, name: str) -> Node:
         """The node that ``name`` stands for: a device's, or the node of that name."""
-        node = self.graph.nodes.get(name)
+        node = self.device_medium(name) or self.graph.nodes.get(name)
         if node is None:
             raise UsageError(f"Cannot find device='{name}' nor node-name='{name}'")
         return node
 
+    def device_medium(self, name: str) -> Node | None:
+        """The node in the device ``name``, if there is such a device with a medium in it."""
+        found = (each for each in self.devices if name and name in (each.drive, each.id))
+        device = next(found, None)
+        return device.node if device is not None else None
+
     async def close(self) -> None:
         """End everything. Raises the first error met."""
+        from blocklayer.daemon import devices
+
         failure: BlockError | None = None
         for end in reversed(self.front_ends):
             try:
@@ -60,6 +88,10 @@ class Daemon:
             except BlockError as error:
                 failure = failure or error
         await self.jobs.cancel_all()
+        try:
+            await devices.close_all(self)
+        except BlockError as error:
+            failure = failure or error
         for node in list(self.graph.nodes.values()):
             if node.held:
                 node.held = False

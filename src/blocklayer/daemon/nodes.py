@@ -7,8 +7,12 @@ from typing import Any
 
 from blocklayer.daemon.daemon import Daemon
 from blocklayer.errors import LockedError, UsageError
+from blocklayer.graph import edit, io, reopen, write_threshold
+from blocklayer.graph.driver import BackingReference, FormatDriver
 from blocklayer.graph.node import Flags, Node
 from blocklayer.graph.open import open_options
+from blocklayer.graph.permission import Permission
+from blocklayer.graph.root import Root
 
 
 async def add(daemon: Daemon, options: Mapping[str, Any]) -> Node:
@@ -36,9 +40,79 @@ async def remove(daemon: Daemon, name: str) -> None:
     node = daemon.graph.nodes.get(name)
     if node is None:
         raise UsageError(f"Failed to find node with node-name='{name}'")
+    if any(edge.parent is None for edge in node.parents):
+        raise LockedError(f"Node {name} is in use")
+    if node.busy:
+        raise LockedError(f"Node '{name}' is busy: {node.busy}")
     if not node.held:
         raise UsageError(f"Node {name} is not owned by the monitor")
     if node.parents:
-        raise LockedError(f"Node {name} is in use")
+        raise LockedError(f"Block device {name} is in use")
     node.held = False
     await daemon.graph.release(node)
+
+
+def pick(daemon: Daemon, device: str | None, node_name: str | None) -> Node:
+    """The medium of ``device``, else the node ``node_name``. Raises UsageError."""
+    found = daemon.device_medium(device) if device else None
+    if found is None and node_name:
+        found = daemon.graph.nodes.get(node_name)
+    if found is None:
+        raise UsageError(f"Cannot find device='{device or ''}' nor node-name='{node_name or ''}'")
+    return found
+
+
+async def resize(
+    daemon: Daemon, size: int, *, device: str | None = None, node_name: str | None = None
+) -> None:
+    """Change the size of a disk. Requests under way end first; those that come wait."""
+    node = pick(daemon, device, node_name)
+    if size < 0:
+        raise UsageError("Parameter 'size' expects a >0 size")
+    if node.busy:
+        raise LockedError(f"Node '{node.name}' is busy: {node.busy}")
+    taken = int(Permission.WRITE | Permission.RESIZE)
+    async with edit.changing(daemon.graph, node):
+        root = Root(node, "a resize", taken, follows=False)
+        try:
+            await io.truncate(node, size, shrink=True)
+        finally:
+            await root.close()
+
+
+async def change_backing_file(
+    daemon: Daemon, device: str, image_name: str, backing_file: str
+) -> None:
+    """Let the image of a node, which is part of ``device``, name another backing file.
+
+    Only the image's header changes; what it says is not looked at.
+    """
+    top = daemon.find(device)
+    node = daemon.graph.nodes.get(image_name)
+    if node is None:
+        raise UsageError(f"Cannot find device='' nor node-name='{image_name}'")
+    if node not in top.chain():
+        raise UsageError(f"'{image_name}' not found in backing chain of '{device}'")
+    driver = node.driver
+    if not isinstance(driver, FormatDriver) or driver.backing_reference is None:
+        raise UsageError("not allowing backing file change on an image without a backing file")
+    if node.busy:
+        raise LockedError(f"Node '{node.name}' is busy: {node.busy}")
+    format = driver.backing_reference.format
+    async with edit.changing(daemon.graph, node):
+        was_read_only = node.read_only
+        await reopen.set_read_only(node, False)
+        try:
+            driver = node.driver
+            assert isinstance(driver, FormatDriver)
+            await driver.change_backing(BackingReference(backing_file, format))
+        finally:
+            await reopen.set_read_only(node, was_read_only)
+
+
+def set_write_threshold(daemon: Daemon, name: str, offset: int) -> None:
+    """Tell when the node is written past ``offset``, once; 0: do not."""
+    node = daemon.graph.nodes.get(name)
+    if node is None:
+        raise UsageError(f"Device '{name}' not found")
+    write_threshold.put(node, offset)

@@ -47,6 +47,30 @@ def new_block(
     return Allocation(offset, length, child, place, head, unit - head - length, token=place)
 
 
+def new_run(
+    offset: int,
+    length: int,
+    start: int,
+    size: int,
+    child: Child,
+    place: int,
+    *,
+    fresh: bool,
+    bare: bool,
+) -> Allocation:
+    """The allocation of ``size`` bytes, whole blocks from guest ``start`` on, at ``place``.
+
+    The space is ``fresh`` if it reads as zeros; ``bare`` if, besides, the guest reads zeros there
+    so far: then there is nothing to fill around the write. The token is (place, size).
+    """
+    head = offset - start
+    length = min(length, size - head)
+    if bare:
+        return Allocation(offset, length, child, place + head, reads_zero=True, token=(place, size))
+    tail = size - head - length
+    return Allocation(offset, length, child, place, head, tail, fresh, token=(place, size))
+
+
 class BlockFormatDriver(FormatDriver):
     """Base of drivers whose ``map`` gives ZERO, UNALLOCATED, or DATA of children."""
 

@@ -54,7 +54,7 @@ class CopyOnReadDriver(FilterDriver):
         child = self.child
         if options.bottom is not None:
             self._bottom = self.node.graph.find(options.bottom)
-            if self._bottom not in child.chain()[1:]:
+            if self._bottom not in child.chain():
                 raise UsageError(
                     f"Node '{options.bottom}' is not below '{child.name}' in its backing chain"
                 )
@@ -68,6 +68,9 @@ class CopyOnReadDriver(FilterDriver):
 
     def child_permissions(self, child: Child, taken: int, shared: int) -> tuple[int, int]:
         """Copying writes what is there already; nobody else may write meanwhile."""
+        if not self.node.parents:
+            # Nobody reads yet (or any more), so nothing is copied: it may be put in beside a user.
+            return taken | Permission.WRITE_UNCHANGED, shared
         return taken | Permission.WRITE_UNCHANGED, shared & ~(Permission.WRITE | Permission.RESIZE)
 
     async def read_opaque(self, offset: int, view: memoryview) -> None:
@@ -122,3 +125,8 @@ class CopyOnReadDriver(FilterDriver):
         """Pass on."""
         async with self.node.claims.claim(offset, offset + length):
             await super().discard(offset, length)
+
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """Pass on."""
+        async with self.node.claims.claim(offset, offset + len(data)):
+            await super().write_compressed(offset, data)

@@ -270,6 +270,29 @@ class FileDriver(ProtocolDriver):
             done += length
         return done
 
+    def read_now(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` from the page cache, if it has all of it."""
+        if self._direct is not None:
+            return False
+        try:
+            if self._reads_at_once:
+                return self._read_at_once(offset, view) == len(view)
+            if self._never_waits:
+                self._io.read_into(offset, view)
+        except OSError as error:
+            raise self._failure(error, "Reading", offset, len(view)) from error
+        return self._never_waits
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Store ``data`` in the page cache, unless it is so much that others would have to wait."""
+        if self._direct is not None or len(data) > _INLINE_WRITE:
+            return False
+        try:
+            self._io.write_all(offset, (data,))
+        except OSError as error:
+            raise self._failure(error, "Writing", offset, len(data)) from error
+        return True
+
     async def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """Store all of ``buffers``."""
         self.node.check_writable()

@@ -11,7 +11,7 @@ from functools import partial
 
 from blocklayer.graph.child import Child
 from blocklayer.graph.driver import Buffer
-from blocklayer.graph.filter import FilterDriver
+from blocklayer.graph.filter import FilterDriver, FilterOptions
 from blocklayer.graph.permission import Permission
 
 Pass = Callable[[], Awaitable[None]]
@@ -20,10 +20,17 @@ Guard = Callable[[int, int, Buffer | None, Pass], Awaitable[None]]
 what writes it to the source."""
 
 
+class MirrorTopOptions(FilterOptions):
+    """``commits``: the job below writes to a layer of the chain itself."""
+
+    commits: bool = False
+
+
 class MirrorTopDriver(FilterDriver):
     """Above the source of a mirror or of a commit of the active layer."""
 
     NAME = "mirror_top"
+    Options = MirrorTopOptions
 
     guard: Guard | None = None
 
@@ -34,10 +41,12 @@ class MirrorTopDriver(FilterDriver):
         self.node.mapping_changed()
 
     def child_permissions(self, child: Child, taken: int, shared: int) -> tuple[int, int]:
-        """What the users take; the job below writes nothing, and lets others be."""
+        """What the users take. A commit writes below, which makes no difference to them."""
         if not self.node.parents:
             return Permission.NONE, Permission.ALL
-        return taken, shared
+        options = self.node.options
+        assert isinstance(options, MirrorTopOptions)
+        return taken, shared | (Permission.WRITE | Permission.RESIZE if options.commits else 0)
 
     async def write_opaque(self, offset: int, data: Buffer) -> None:
         """Through the guard."""
@@ -70,7 +79,5 @@ class CommitTopDriver(FilterDriver):
     NAME = "commit_top"
 
     def child_permissions(self, child: Child, taken: int, shared: int) -> tuple[int, int]:
-        """What the users take; nothing, while it is put in or taken out."""
-        if not self.node.parents:
-            return Permission.NONE, Permission.ALL
-        return taken, shared
+        """Nothing: below it, the job alone knows what may change while users see no difference."""
+        return Permission.NONE, Permission.ALL

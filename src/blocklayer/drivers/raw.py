@@ -85,7 +85,7 @@ class RawDriver(FormatDriver):
             self.node.overrides["offset"] = self._offset
         if self._fixed_size is not None:
             self.node.overrides["size"] = self._fixed_size
-        self._child = await self.node.open_child("file", options.file, Role.STORAGE)
+        await self.node.open_child("file", options.file, Role.STORAGE)
         self._edge = self.node.children["file"]
         self._check_window(self._child.size)
         if self._has_window:
@@ -96,6 +96,14 @@ class RawDriver(FormatDriver):
             if not self.node.flags.auto_read_only:
                 raise LockedError(f"Block node '{self._child.name}' is read-only")
             self.node.flags.read_only = True
+
+    @property
+    def _child(self) -> Node:
+        return self._edge.node
+
+    async def retire(self) -> bool:
+        """Nothing is kept here."""
+        return True
 
     def _check_window(self, available: int) -> None:
         if self._offset > available:

@@ -20,6 +20,7 @@ from typing import Final, Literal
 
 from blocklayer.graph import io
 from blocklayer.graph.node import Node
+from blocklayer.units import align_up
 
 PAGE_SIZE: Final = 64 * 1024
 """Bytes of a long table that are read at once."""
@@ -168,16 +169,16 @@ class Space:
         self._taken = self._reused = False
         self._growing = asyncio.Lock()
 
-    async def take(self, length: int) -> tuple[int, int]:
+    async def take(self, length: int, alignment: int = 1) -> tuple[int, int]:
         """``length`` bytes: where, and from which place on they are known to read as zeros."""
         for position, (host_offset, size) in enumerate(self._given_back):
-            if size == length:
+            if size == length and not host_offset % alignment:
                 del self._given_back[position]
                 self._reused = True
                 return host_offset, host_offset + length
         self._taken = True
-        host_offset, old_end = self.end, self._storage.size
-        self.end += length
+        host_offset, old_end = align_up(self.end, alignment), self._storage.size
+        self.end = host_offset + length
         try:
             await self.grow(self.end)
         except BaseException:
@@ -188,6 +189,10 @@ class Space:
     def give_back(self, host_offset: int, length: int) -> None:
         """What ``take`` gave is not used after all."""
         self._given_back.append((host_offset, length))
+
+    def touched(self) -> None:
+        """Space that was not taken here is named from now on: ``settle`` has to flush."""
+        self._reused = True
 
     async def grow(self, end: int) -> None:
         """Make the file at least ``end`` bytes long."""

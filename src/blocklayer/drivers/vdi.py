@@ -132,6 +132,9 @@ class VdiDriver(BlockFormatDriver):
 
     async def allocate(self, offset: int, length: int) -> Allocation:
         """The next free block of the file."""
+        # Not in commit: a block whose table is only not written yet is not free again.
+        if self._table.full:
+            await self._write_back()
         space = self._space or await self._find_space()
         place, zeros_from = await space.take(BLOCK_SIZE)
         child = self.node.children["file"]
@@ -161,8 +164,6 @@ class VdiDriver(BlockFormatDriver):
         part, first = await self._page(block)
         part.set(block - first, (allocation.token - self._header.offset_data) // BLOCK_SIZE)
         self.node.mapping_changed()
-        if self._table.full:
-            await self._write_back()
 
     async def abort(self, allocation: Allocation) -> None:
         """The block stays free."""

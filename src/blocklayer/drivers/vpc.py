@@ -258,6 +258,9 @@ class VpcDriver(BlockFormatDriver):
         """A new block at the end, where the footer is now, with its bitmap filled in."""
         header = self._header
         assert header is not None
+        # Not in commit: a block whose table is only not written yet is not free again.
+        if self._table.full:
+            await self._write_back()
         space = self._space or await self._find_space(header)
         start, zeros_from = await space.take(header.bitmap_size + header.block_size)
         try:
@@ -292,8 +295,6 @@ class VpcDriver(BlockFormatDriver):
         part, first = await self._page(header, block)
         part.set(block - first, (allocation.token - header.bitmap_size) // SECTOR)
         self.node.mapping_changed()
-        if self._table.full:
-            await self._write_back()
 
     async def abort(self, allocation: Allocation) -> None:
         """The block stays free."""

@@ -76,17 +76,27 @@ def find(node: Node, name: str) -> DirtyBitmap:
 async def remove(bitmap: DirtyBitmap) -> None:
     """Drop a bitmap, from its image as well. One that is inconsistent may be dropped, too.
 
-    A transaction does it in two steps: ``detach``, which ``attach`` undoes, and, when all else has
-    worked, ``Driver.remove_stored_bitmap``.
+    A transaction does it in steps: ``check_removable``, ``detach``, and ``erase`` when all else has
+    worked.
     """
+    check_removable(bitmap)
+    await erase(bitmap)
+    detach(bitmap)
+
+
+def check_removable(bitmap: DirtyBitmap) -> None:
+    """Raise LockedError, UsageError or StorageError unless ``remove`` may drop it."""
     if not bitmap.inconsistent:
         bitmap.check()
-    assert bitmap.name
-    node = bitmap.node
     if bitmap.persistent:
-        node.check_writable()
-        await node.driver.remove_stored_bitmap(bitmap.name)
-    detach(bitmap)
+        bitmap.node.check_writable()
+
+
+async def erase(bitmap: DirtyBitmap) -> None:
+    """Take a bitmap out of its image, if it may be there."""
+    assert bitmap.name
+    if bitmap.persistent:
+        await bitmap.node.driver.remove_stored_bitmap(bitmap.name)
 
 
 def detach(bitmap: DirtyBitmap) -> None:

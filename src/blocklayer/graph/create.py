@@ -64,7 +64,7 @@ async def write_image(
         await _write_format(graph, filename, driver, options)
     except BaseException:
         if not existed:
-            _remove(filename)
+            remove(filename)
         raise
 
 
@@ -196,7 +196,8 @@ async def _write_format(
         await root.close()
 
 
-def _remove(filename: str) -> None:
+def remove(filename: str) -> None:
+    """Take back a file that was made, as far as that is possible."""
     try:
         os.unlink(filename.removeprefix("file:"))
     except OSError:

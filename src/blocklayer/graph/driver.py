@@ -140,6 +140,12 @@ class Driver:
     async def close(self) -> None:
         """Write back what is cached; the graph detaches the children afterwards."""
 
+    async def retire(self) -> bool:
+        """Nobody writes any more, and the node is about to be read-only: write back what ``close``
+        would. False if it has to be closed and opened anew for that; True if it can go on as it is.
+        """
+        return False
+
     @property
     def size(self) -> int:
         """Bytes the node shows."""
@@ -159,6 +165,15 @@ class Driver:
 
     async def flush(self) -> None:
         """When it returns, all that was acknowledged before is on stable storage (R3)."""
+
+    def begin_drain(self) -> None:
+        """Somebody waits for the requests in flight to end: hold none back. Nests."""
+
+    def end_drain(self) -> None:
+        """Undo one ``begin_drain``."""
+
+    async def settle(self) -> None:
+        """Wait until nothing is going on that outlived the request it was begun for; drained."""
 
     async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
         """Make the range read as zeros without writing it; ``unmap`` allows freeing the space.
@@ -258,6 +273,17 @@ class ProtocolDriver(Driver):
         """Store ``buffers``, one after the other. All or an error: never a short write."""
         raise UnsupportedError(f"Driver '{self.NAME}' cannot write")
 
+    def read_now(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` if that needs no waiting at all; False: use ``read``."""
+        return False
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Store ``data`` if that needs no waiting at all; False: nothing was done, use ``write``.
+
+        Only for a node that takes writes: nothing is checked here.
+        """
+        return False
+
     async def map(self, offset: int, length: int) -> Extent:
         """All of it is data, here, unless a driver knows better."""
         return Extent(offset, length, Kind.DATA, offset, None, writable=True)
@@ -286,6 +312,8 @@ class FormatDriver(Driver):
     """
     relocates: ClassVar[bool] = False
     """Whether the place of guest bytes can change (if not, writes need no serialising)."""
+    holds_zeros: bool = True
+    """A range can read as zeros, whatever is below it, without space of its own."""
     new_reads_zero: ClassVar[bool] = True
     """Whether a new image reads as zeros where nothing was written."""
 

@@ -75,7 +75,7 @@ class Change:
             return
         _check_thawed(edge)
         if edge.parent is not None and reaches(node, edge.parent):
-            raise UsageError(f"Making '{node.name}' a child of '{edge.parent.name}' makes a cycle")
+            raise _cycle(node, edge.name, edge.parent)
         place = old.parents.index(edge)
         del old.parents[place]
         node.parents.append(edge)
@@ -92,7 +92,7 @@ class Change:
         """Make ``node`` the child ``name`` of ``parent``, which has none of that name."""
         assert name not in parent.children
         if reaches(node, parent):
-            raise UsageError(f"Making '{node.name}' a child of '{parent.name}' makes a cycle")
+            raise _cycle(node, name, parent)
         edge = Child(name, parent, node, role)
         node.parents.append(edge)
         parent.children[name] = edge
@@ -145,6 +145,12 @@ class Change:
             node.mapping_changed()
 
 
+def _cycle(node: Node, name: str, parent: Node) -> UsageError:
+    return UsageError(
+        f"Making '{node.name}' a {name} child of '{parent.name}' would create a cycle"
+    )
+
+
 def _check_thawed(edge: Child) -> None:
     if edge.frozen:
         user = f" from '{edge.parent.name}'" if edge.parent is not None else ""
@@ -177,7 +183,7 @@ def append(base: Node, overlay: Node) -> Change:
         raise UsageError("The overlay already has a backing image")
     if not overlay.driver.supports_backing:
         raise UsageError("The overlay does not support backing images")
-    if overlay.parents:
+    if any(edge.follows for edge in overlay.parents):
         raise UsageError("The overlay is already in use")
     with Change() as change:
         change.attach(overlay, "backing", base, Role.BACKING)
@@ -202,15 +208,20 @@ def drop_filter(filter_node: Node) -> Change:
 def set_backing(overlay: Node, below: Node | None) -> Change:
     """Let ``below`` show through ``overlay`` from now on; only the graph is changed."""
     with Change() as change:
-        edge = overlay.children.get("backing")
-        if below is None:
-            if edge is not None:
-                change.detach(edge)
-        elif edge is None:
-            change.attach(overlay, "backing", below, Role.BACKING)
-        else:
-            change.move(edge, below)
+        set_child(change, overlay, "backing", below)
     return change
+
+
+def set_child(change: Change, parent: Node, name: str, node: Node | None) -> None:
+    """Let the child ``name`` of ``parent`` be ``node``, or let there be none."""
+    edge = parent.children.get(name)
+    if node is None:
+        if edge is not None:
+            change.detach(edge)
+    elif edge is not None:
+        change.move(edge, node)
+    else:
+        change.attach(parent, name, node, Role.BACKING if name == "backing" else Role.STORAGE)
 
 
 def freeze(edges: Iterable[Child]) -> Callable[[], None]:

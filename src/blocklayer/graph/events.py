@@ -156,6 +156,35 @@ class BlockExportDeleted(Event):
     id: str
 
 
+class DeviceTrayMoved(Event):
+    """A tray was opened or closed."""
+
+    NAME: ClassVar[str] = "DEVICE_TRAY_MOVED"
+    device: str
+    id: str
+    tray_open: bool
+
+
+class DeviceDeleted(Event, kw_only=True):
+    """A device is gone."""
+
+    NAME: ClassVar[str] = "DEVICE_DELETED"
+    device: str | UnsetType = UNSET
+    path: str
+
+
+class Stop(Event):
+    """The machine is paused."""
+
+    NAME: ClassVar[str] = "STOP"
+
+
+class Resume(Event):
+    """The machine goes on."""
+
+    NAME: ClassVar[str] = "RESUME"
+
+
 EVENTS: Final[tuple[type[Event], ...]] = (
     JobStatusChange,
     BlockImageCorrupted,
@@ -167,4 +196,8 @@ EVENTS: Final[tuple[type[Event], ...]] = (
     BlockJobPending,
     BlockWriteThreshold,
     BlockExportDeleted,
+    DeviceTrayMoved,
+    DeviceDeleted,
+    Stop,
+    Resume,
 )

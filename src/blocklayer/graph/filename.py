@@ -81,6 +81,18 @@ def resolve_relative(image: str, name: str) -> str:
     return f"{folder}/{name}"
 
 
+def backing_name(image: str, below: Node) -> str:
+    """What the image called ``image`` can call ``below``: its name, absolute where a relative one
+    would be taken to start from another folder.
+    """
+    name = below.filename
+    if name.startswith(("/", "json:")) or scheme_of(name):
+        return name
+    if not image.startswith("json:") and resolve_relative(image, name) == name:
+        return name
+    return os.path.abspath(name)
+
+
 def storage_of(node: Node) -> Node:
     """The protocol node at the bottom of ``node``'s ``file`` children."""
     while "file" in node.children:

@@ -42,6 +42,10 @@ class FilterDriver(Driver):
         assert isinstance(options, FilterOptions)
         await self.node.open_child("file", options.file, Role.FILTERED)
 
+    async def retire(self) -> bool:
+        """Nothing is kept here."""
+        return True
+
     @property
     def child(self) -> Node:
         """The node that is shown."""

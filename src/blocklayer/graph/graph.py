@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from blocklayer.graph.root import Root
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9.\-_]{0,30}\Z")
+_ID = re.compile(r"[A-Za-z][A-Za-z0-9.\-_]*\Z")
+
+
+def is_well_formed_id(text: str) -> bool:
+    """Whether a job, an export or another object may have this id."""
+    return _ID.match(text) is not None
 
 
 class Graph:
@@ -71,7 +77,7 @@ class Graph:
         """The node ``name``. Raises UsageError if there is none."""
         node = self.nodes.get(name)
         if node is None:
-            raise UsageError(f"Cannot find node '{name}'")
+            raise UsageError(f"Cannot find device='{name}' nor node-name='{name}'")
         return node
 
     def attach(self, parent: Node, name: str, node: Node, role: Role) -> Child:

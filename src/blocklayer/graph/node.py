@@ -48,6 +48,15 @@ class Flags(msgspec.Struct, kw_only=True):
     """No guest data will be asked for: encrypted images are opened without their keys, and data
     files stay closed, unless it is for a check.
     """
+    nesting: int = 0
+    """How many formats inside formats lie above; a backing file is not inside its overlay."""
+
+    inactive: bool = False
+    """Another process has the image: nothing is written, and no locks are held."""
+
+    def at_rest(self) -> Flags:
+        """What holds while the node is inactive."""
+        return msgspec.structs.replace(self, read_only=True, force_share=True)
 
     def inherited(self, role: Role) -> Flags:
         """What a child in ``role`` has where its own options are silent."""
@@ -59,6 +68,8 @@ class Flags(msgspec.Struct, kw_only=True):
                 one_pass=self.one_pass,
                 named_by=self.named_by,
                 metadata_only=self.metadata_only,
+                nesting=self.nesting,
+                inactive=self.inactive,
             )
         return Flags(
             read_only=self.read_only,
@@ -71,6 +82,8 @@ class Flags(msgspec.Struct, kw_only=True):
             one_pass=self.one_pass,
             named_by=self.named_by,
             metadata_only=self.metadata_only,
+            nesting=self.nesting + 1,
+            inactive=self.inactive,
         )
 
 
@@ -90,7 +103,11 @@ class Node:
     def __init__(self, graph: Graph, name: str, flags: Flags, options: NodeOptions) -> None:
         self.graph = graph
         self.name = name
-        self.flags = flags
+        self.flags: Flags
+        """The generic options in force."""
+        self.wanted: Flags
+        """The same, or while the node is inactive those that wait for it to be activated."""
+        self.set_flags(flags)
         self.options = options
         self.driver: Driver
         self.children: dict[str, Child] = {}
@@ -113,6 +130,8 @@ class Node:
         self.poisoned: str | None = None
         self.busy: str | None = None
         """Why jobs and graph changes have to keep off it (a job works with it)."""
+        self.given_up = False
+        """A commit moved what it holds into a layer below: what it shows is of no more use."""
         self.watchers: tuple[Watcher, ...] = ()
         self.dirty_bitmaps: dict[str, DirtyBitmap] = {}
         """Those with a name, oldest first; ``graph.bitmaps`` adds and removes them."""
@@ -126,6 +145,16 @@ class Node:
     def read_only(self) -> bool:
         """Whether writes are refused."""
         return self.flags.read_only
+
+    @property
+    def active(self) -> bool:
+        """Whether the image is ours to use now."""
+        return not self.wanted.inactive
+
+    def set_flags(self, flags: Flags) -> None:
+        """From now on these hold; the driver has to be opened anew."""
+        self.wanted = flags
+        self.flags = flags.at_rest() if flags.inactive else flags
 
     @property
     def backing(self) -> Node | None:
@@ -159,7 +188,7 @@ class Node:
             return self.children[name].node
         if reference is None or reference == "":
             raise UsageError(f'A block device must be specified for "{name}"')
-        flags = self.flags.inherited(role)
+        flags = self.wanted.inherited(role)
         flags.named_by = named_by or flags.named_by
         node = await open_reference(self.graph, reference, flags)
         try:

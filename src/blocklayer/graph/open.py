@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from msgspec import UNSET
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 
 _MAX_NESTING = 32
 """Formats inside formats that options, and images by the names they hold, may ask for."""
-
-_nesting: ContextVar[int] = ContextVar("nesting", default=0)
 
 
 async def open_image(
@@ -108,20 +105,15 @@ async def open_options(
 ) -> Node:
     """Open a node from nested ``options``, and its backing chain unless ``backing`` is False."""
     _check_nesting(options)
-    depth = _nesting.get()
-    if depth >= _MAX_NESTING:
+    if inherited.nesting >= _MAX_NESTING:
         raise PolicyError(f"Images nest more than {_MAX_NESTING} levels of formats inside formats")
-    token = _nesting.set(depth + 1)
-    try:
-        node = await _open_one(graph, options, inherited)
-        if backing:
-            try:
-                await _open_chain(graph, node)
-            except BaseException:
-                await graph.release(node)
-                raise
-    finally:
-        _nesting.reset(token)
+    node = await _open_one(graph, options, inherited)
+    if backing:
+        try:
+            await _open_chain(graph, node)
+        except BaseException:
+            await graph.release(node)
+            raise
     return node
 
 
@@ -153,7 +145,7 @@ async def _open_one(graph: Graph, options: Mapping[str, Any], inherited: Flags) 
         if storage is not None:
             options["file"] = storage.name
         decoded = decode(driver.Options, options)
-        node = Node(graph, graph.new_name(decoded.node_name), _flags(decoded, inherited), decoded)
+        node = Node(graph, graph.new_name(decoded.node_name), flags_of(decoded, inherited), decoded)
         node.probed = storage is not None
         node.driver = driver(node)
         _check_policy(graph, node, decoded)
@@ -235,7 +227,7 @@ async def _probe(
     reference = options.get("file")
     if reference is None:
         raise UsageError("Must specify either driver or file")
-    flags = _flags(decode(NodeOptions, _generic(options)), inherited)
+    flags = flags_of(decode(NodeOptions, _generic(options)), inherited)
     storage = await open_reference(graph, reference, flags.inherited(Role.STORAGE))
     was_held, storage.held = storage.held, True
     try:
@@ -252,12 +244,15 @@ async def _probe(
 
 def _generic(options: Mapping[str, Any]) -> dict[str, Any]:
     known = {"node-name", "read-only", "auto-read-only", "force-share", "discard"}
-    known |= {"detect-zeroes", "cache"}
+    known |= {"detect-zeroes", "cache", "active"}
     return {name: value for name, value in options.items() if name in known}
 
 
-def _flags(options: NodeOptions, inherited: Flags) -> Flags:
-    """The generic options in force: what is given, else what the parent hands down."""
+def flags_of(options: NodeOptions, inherited: Flags) -> Flags:
+    """The generic options in force: what is given, else what the parent hands down.
+
+    Raises UsageError if they do not go together.
+    """
 
     def chosen(given: Any, otherwise: Any) -> Any:
         return otherwise if given is UNSET else given
@@ -274,7 +269,9 @@ def _flags(options: NodeOptions, inherited: Flags) -> Flags:
         repair=inherited.repair,
         one_pass=inherited.one_pass,
         named_by=inherited.named_by,
+        inactive=inherited.inactive if options.active is UNSET else not options.active,
         metadata_only=inherited.metadata_only,
+        nesting=inherited.nesting,
     )
     if flags.force_share and not flags.read_only:
         raise UsageError("force-share=on can only be used with read-only images")
@@ -339,7 +336,7 @@ async def _open_backing(graph: Graph, node: Node, seen: set[object | None]) -> N
     if isinstance(given, str):
         return graph.find(given)
     options: dict[str, Any] = {} if given is UNSET else {**given}
-    flags = node.flags.inherited(Role.BACKING)
+    flags = node.wanted.inherited(Role.BACKING)
     if "file" not in options and "filename" not in options:
         reference = driver.backing_reference
         if reference is None:

@@ -49,6 +49,8 @@ class NodeOptions(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, kw
     discard: Literal["ignore", "unmap"] | UnsetType = UNSET
     detect_zeroes: Literal["off", "on", "unmap"] | UnsetType = UNSET
     cache: CacheOptions = msgspec.field(default_factory=CacheOptions)
+    active: bool | UnsetType = UNSET
+    """Off: another process has the image still; nothing is locked or written."""
 
 
 class CreateOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

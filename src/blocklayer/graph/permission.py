@@ -106,6 +106,8 @@ def _propagate(changed: Iterable[Node], before: dict[Child, tuple[int, int]]) ->
 def check_conflicts(node: Node) -> None:
     """Raise LockedError if ``node``'s parents do not fit together or cannot have their way."""
     for one in node.parents:
+        if not node.active:
+            _check_at_rest(node, one)
         if one.taken & (Permission.WRITE | Permission.RESIZE) and node.flags.read_only:
             raise LockedError(f"Block node '{node.name}' is read-only")
         for other in node.parents:
@@ -115,3 +117,14 @@ def check_conflicts(node: Node) -> None:
                     f"Conflicts with use by {other.user} as '{other.name}', which does not allow "
                     f"'{names(conflict)}' on {node.name}"
                 )
+
+
+def _check_at_rest(node: Node, edge: Child) -> None:
+    """Raise LockedError if ``edge`` uses ``node`` for more than an inactive node is good for."""
+    if edge.parent is not None and edge.parent.active:
+        raise LockedError(
+            f"Inactive '{node.name}' can't be a {edge.name} child of active '{edge.parent.name}'"
+        )
+    for flag in (Permission.RESIZE, Permission.WRITE):
+        if edge.taken & flag:
+            raise LockedError(f"Permission '{NAMES[flag]}' unavailable on inactive node")

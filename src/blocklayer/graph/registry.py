@@ -27,6 +27,8 @@ class Entry(msgspec.Struct, frozen=True):
     protocol: bool = False
     magics: tuple[tuple[int, bytes], ...] = ()
     """(offset, bytes) pairs; one match makes the driver a candidate for ``Driver.probe``."""
+    suffixes: tuple[str, ...] = ()
+    """Ends of file names that make the driver a candidate: for formats told by their end alone."""
     internal: bool = False
     """A part of some job: users cannot ask for it."""
     schemes: tuple[str, ...] = ()
@@ -93,7 +95,9 @@ class Registry:
         """The format of an image that starts with ``head``: ``"raw"`` when nothing else fits."""
         best, name = 0, "raw"
         for candidate, entry in self.table.items():
-            if any(head[at : at + len(magic)] == magic for at, magic in entry.magics):
+            if any(head[at : at + len(magic)] == magic for at, magic in entry.magics) or (
+                entry.suffixes and filename.endswith(entry.suffixes)
+            ):
                 score = self.load(candidate).probe(head, filename)
                 if score > best:
                     best, name = score, candidate

@@ -13,13 +13,13 @@ is right for reopening too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from blocklayer.errors import BlockError
-from blocklayer.graph import permission
+from blocklayer.errors import BlockError, LockedError
+from blocklayer.graph import edit, permission
 from blocklayer.graph.child import Role
 from blocklayer.graph.driver import ProtocolDriver
 
@@ -34,22 +34,40 @@ class Reopen(msgspec.Struct):
     node: Node
     flags: Flags
     options: NodeOptions
+    children: dict[str, Node | None] = {}
+    """Where edges lead from now on, by name; None: there is none. Others stay as they are."""
 
 
-async def reopen(wanted: Sequence[Reopen]) -> None:
-    """Carry all of ``wanted`` out, or none. Nodes are named once, in any order."""
-    before = [Reopen(each.node, each.node.flags, each.node.options) for each in wanted]
-    formats = {each.node for each in wanted if not isinstance(each.node.driver, ProtocolDriver)}
-    is_open = set(formats)
+async def reopen(wanted: Sequence[Reopen], *, settled: Collection[Node] = ()) -> None:
+    """Carry all of ``wanted`` out, or none. Nodes are named once, in any order.
+
+    The drivers of nodes in ``settled`` need not be closed and opened for that (``Driver.retire``).
+    """
+    before = [_as_it_is(each) for each in wanted]
+    storage = {each.node for each in wanted if isinstance(each.node.driver, ProtocolDriver)}
+    formats = {each.node for each in wanted} - storage
+    is_open, old_storage = set(formats), set(storage)
     try:
-        await _carry_out(wanted, is_open)
+        await _carry_out(wanted, is_open, old_storage, settled)
     except BaseException:
         try:
-            await _carry_out(before, is_open)
+            await _carry_out(before, is_open, storage - old_storage)
         except BlockError as error:
             for each in before:
                 each.node.poison(f"it could not be reopened as it was ({error})")
         raise
+    for each in before:
+        for child in each.children.values():
+            if child is not None:
+                await child.graph.release(child)
+
+
+def _as_it_is(wanted: Reopen) -> Reopen:
+    node = wanted.node
+    now = {name: edge.node for name, edge in node.children.items()}
+    return Reopen(
+        node, node.wanted, node.options, {name: now.get(name) for name in wanted.children}
+    )
 
 
 async def set_read_only(node: Node, read_only: bool) -> None:
@@ -57,11 +75,22 @@ async def set_read_only(node: Node, read_only: bool) -> None:
     await reopen(list(_with_storage(node, read_only)))
 
 
+async def retire(node: Node) -> None:
+    """Let ``node``, which nobody writes to any more, and its storage refuse writes; what is in its
+    caches stays there, if its driver can do so. Raises LockedError if somebody does write.
+    """
+    if node.taken & (permission.Permission.WRITE | permission.Permission.RESIZE):
+        raise LockedError(f"Node '{node.name}' is written to: it cannot be read-only")
+    wanted = list(_with_storage(node, True))
+    settled = [each.node for each in wanted if await each.node.driver.retire()]
+    await reopen(wanted, settled=settled)
+
+
 def _with_storage(node: Node, read_only: bool) -> Iterator[Reopen]:
     """``node`` and what inherits from it. Its storage stays read-only if it was opened so."""
-    if node.flags.read_only == read_only:
+    if node.wanted.read_only == read_only:
         return
-    yield Reopen(node, msgspec.structs.replace(node.flags, read_only=read_only), node.options)
+    yield Reopen(node, msgspec.structs.replace(node.wanted, read_only=read_only), node.options)
     for edge in node.children.values():
         given = edge.node.options.read_only
         follows = given is msgspec.UNSET or edge.node.flags.auto_read_only
@@ -74,21 +103,34 @@ def _with_storage(node: Node, read_only: bool) -> Iterator[Reopen]:
             yield from _with_storage(edge.node, read_only)
 
 
-async def _carry_out(wanted: Sequence[Reopen], is_open: set[Node]) -> None:
-    """``is_open`` says which of the formats' drivers are; it is kept up to date."""
+async def _carry_out(
+    wanted: Sequence[Reopen],
+    is_open: set[Node],
+    to_replace: set[Node],
+    settled: Collection[Node] = (),
+) -> None:
+    """``is_open`` says which of the formats' drivers are, ``to_replace`` which storage is to be
+    opened anew; both are kept up to date.
+    """
     ordered = _parents_first(wanted)
     for each in ordered:
-        if each.node in is_open:
+        if each.node in is_open and each.node not in settled:
             await each.node.driver.close()
             is_open.discard(each.node)
     for each in ordered:
-        each.node.flags, each.node.options = each.flags, each.options
+        each.node.set_flags(each.flags)
+        each.node.options = each.options
     for each in reversed(ordered):
-        if isinstance(each.node.driver, ProtocolDriver):
+        if each.node in to_replace:
             await _replace_storage(each.node)
+            to_replace.discard(each.node)
+    with edit.Change() as change:
+        for each in ordered:
+            for name, child in each.children.items():
+                edit.set_child(change, each.node, name, child)
     permission.refresh(*(each.node for each in ordered))
     for each in reversed(ordered):
-        if not isinstance(each.node.driver, ProtocolDriver):
+        if not isinstance(each.node.driver, ProtocolDriver) and each.node not in is_open:
             await _open_again(each.node)
             is_open.add(each.node)
         each.node.mapping_changed()
@@ -97,6 +139,7 @@ async def _carry_out(wanted: Sequence[Reopen], is_open: set[Node]) -> None:
 async def _open_again(node: Node) -> None:
     """A new driver for ``node``; its children are attached still, and opening finds them there."""
     children = set(node.children)
+    node.overrides = {}
     node.driver = type(node.driver)(node)
     try:
         await node.driver.open()

@@ -68,6 +68,10 @@ async def _walk(node: Node, offset: int, length: int, holes: bool = False) -> Ru
             # It shows what is below as it is: no layer of its own.
             layer = layer.driver.child
             continue
+        if not holes and isinstance(layer.driver, ProtocolDriver):
+            # Its holes fill by writes that change no mapping: they must not be kept.
+            length = min(length, layer.size - offset)
+            return Run(offset, length, Kind.DATA, layer, depth, layer, offset)
         generation, start, end, below = layer.gap
         if generation != layer.generation or not start <= offset < end:
             generation = layer.generation

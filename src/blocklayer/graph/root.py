@@ -4,7 +4,8 @@ A root is what a device, an export, a job or a library user holds. It is an edge
 node, and can be pointed at another node while it stays in use (snapshot, pivot).
 
 1. A request is counted from entry to end: in the graph's epochs, and in ``in_flight`` for draining.
-2. While drained, new requests wait at the door; those inside end undisturbed.
+2. While drained, new requests wait at the door; those inside end undisturbed. So whoever is inside
+   one root must not wait at another's door: ``requests`` enters several at once.
 3. With ``write_through`` a write has reached stable storage when it returns.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from blocklayer.errors import LockedError
@@ -60,6 +61,11 @@ class Root(Child):
     def user(self) -> str:
         """Who uses the node, for messages."""
         return self.label
+
+    @property
+    def quiesced(self) -> bool:
+        """Whether new requests wait at the door."""
+        return self._quiesced > 0
 
     async def close(self) -> None:
         """Give the node back; the last user's close writes back and closes it."""
@@ -153,9 +159,8 @@ class Root(Child):
 
     async def enter(self) -> int:
         """A request comes in; waits while the root is drained."""
-        while self._quiesced:
-            assert self._open is not None
-            await self._open.wait()
+        while await self.opened():
+            pass
         self.in_flight += 1
         return self.graph.epochs.enter()
 
@@ -166,11 +171,22 @@ class Root(Child):
         if self._idle is not None and not self.in_flight:
             self._idle.set()
 
-    async def quiesce(self) -> None:
-        """Let no new request in, and wait for those inside. Nests with ``resume``."""
+    async def opened(self) -> bool:
+        """Wait while the root is drained; whether that was the case."""
+        if not self._quiesced:
+            return False
+        assert self._open is not None
+        await self._open.wait()
+        return True
+
+    def quiesce(self) -> None:
+        """Let no new request in. Nests with ``resume``."""
         self._quiesced += 1
         if self._open is None or self._open.is_set():
             self._open = asyncio.Event()
+
+    async def idle(self) -> None:
+        """Wait for the requests inside; ``quiesce`` comes first."""
         if self.in_flight:
             if self._idle is None or self._idle.is_set():
                 self._idle = asyncio.Event()
@@ -203,28 +219,64 @@ class _Request:
 
 
 @asynccontextmanager
+async def requests(*roots: Root) -> AsyncIterator[None]:
+    """One request inside all of ``roots``: waits for all doors, then enters without waiting."""
+    while any([await root.opened() for root in roots]):
+        pass
+    async with AsyncExitStack() as inside:
+        for root in roots:
+            await inside.enter_async_context(root.request())
+        yield
+
+
+@asynccontextmanager
 async def drained(graph: Graph, *nodes: Node) -> AsyncIterator[None]:
     """No request is in flight through ``nodes`` (all, if none is given), and none comes in.
 
     Graph changes happen inside. Requests that come meanwhile wait and go on afterwards.
     """
-    affected = _roots_above(graph, nodes) if nodes else list(graph.roots)
+    above = _above(nodes or tuple(graph.nodes.values()))
+    drivers = [node.driver for node in above]
     stopped: list[Root] = []
+    for driver in drivers:
+        driver.begin_drain()
     try:
+        affected = [root for root in graph.roots if root.node in above]
+        # All doors first: what is still inside ends side by side.
         for root in affected:
+            root.quiesce()
             stopped.append(root)
-            await root.quiesce()
+        for root in affected:
+            await root.idle()
+        for driver in drivers:
+            await driver.settle()
         yield
     finally:
+        for driver in drivers:
+            driver.end_drain()
         for root in stopped:
             root.resume()
 
 
-def _roots_above(graph: Graph, nodes: tuple[Node, ...]) -> list[Root]:
-    above, pending = set(), list(nodes)
+async def passed_through(node: Node, apart_from: Node) -> None:
+    """Wait until those who read ``node`` at this moment, not by way of ``apart_from``, are done."""
+    concerned = _above((node,)) - _above((apart_from,))
+    for root in list(node.graph.roots):
+        if root.in_flight and root.node in concerned and root.taken & Permission.CONSISTENT_READ:
+            root.quiesce()
+            try:
+                await root.idle()
+            finally:
+                root.resume()
+
+
+def _above(nodes: tuple[Node, ...]) -> set[Node]:
+    """``nodes`` and all that use them."""
+    above: set[Node] = set()
+    pending = list(nodes)
     while pending:
         node = pending.pop()
         if node not in above:
             above.add(node)
             pending += [edge.parent for edge in node.parents if edge.parent is not None]
-    return [root for root in graph.roots if root.node in above]
+    return above

@@ -51,7 +51,13 @@ def get(node: Node, text: str) -> SnapshotInfo:
 
 async def create(root: Root, name: str) -> SnapshotInfo:
     """Keep what the disk holds now as a snapshot called ``name``."""
-    async with _changing(root) as driver:
+    _check(root)
+    return await take(root.node, name)
+
+
+async def take(node: Node, name: str) -> SnapshotInfo:
+    """``create``, for a caller who need not be a user of ``node``."""
+    async with _changing(node) as driver:
         return await driver.snapshot_create(name)
 
 
@@ -59,12 +65,17 @@ async def apply(root: Root, snapshot: SnapshotInfo) -> None:
     """Let the disk hold, and be as large as, what it was at ``snapshot``."""
     if not root.taken & Permission.RESIZE:
         raise LockedError(f"{root.label} was not opened with the permission to resize")
-    node = root.node
+    _check(root)
+    await restore(root.node, snapshot)
+
+
+async def restore(node: Node, snapshot: SnapshotInfo) -> None:
+    """``apply``, for a caller who need not be a user of ``node``."""
     if node.dirty_bitmaps:
         # Nobody knows which parts differ from then to now.
         raise UnsupportedError("Device has active dirty bitmaps")
     try:
-        async with _changing(root) as driver:
+        async with _changing(node) as driver:
             await driver.snapshot_apply(snapshot.id)
     finally:
         node.resized()
@@ -73,7 +84,13 @@ async def apply(root: Root, snapshot: SnapshotInfo) -> None:
 
 async def delete(root: Root, snapshot: SnapshotInfo) -> None:
     """Drop a snapshot."""
-    async with _changing(root) as driver:
+    _check(root)
+    await drop(root.node, snapshot)
+
+
+async def drop(node: Node, snapshot: SnapshotInfo) -> None:
+    """``delete``, for a caller who need not be a user of ``node``."""
+    async with _changing(node) as driver:
         await driver.snapshot_delete(snapshot.id)
 
 
@@ -86,12 +103,15 @@ async def load(node: Node, snapshot: SnapshotInfo) -> None:
     node.mapping_changed()
 
 
-@asynccontextmanager
-async def _changing(root: Root) -> AsyncIterator[FormatDriver]:
-    node = root.node
-    node.check_writable()
+def _check(root: Root) -> None:
+    root.node.check_writable()
     if not root.taken & Permission.WRITE:
         raise LockedError(f"{root.label} was not opened with the permission to write")
+
+
+@asynccontextmanager
+async def _changing(node: Node) -> AsyncIterator[FormatDriver]:
+    node.check_writable()
     driver = _driver(node)
     async with drained(node.graph, node), node.claims.claim(0, max(1, node.size)):
         yield driver

@@ -105,3 +105,16 @@ def run(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T
         return result
     finally:
         asyncio._set_running_loop(outer)
+
+
+def begin(coroutine: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None] | None:
+    """Drive ``coroutine`` until it first waits; the rest, for a task to run, or None if it ended.
+
+    For servers on a running loop: what can be answered at once costs no task. An exception is
+    raised here if it comes before the first wait.
+    """
+    try:
+        first = coroutine.send(None)
+    except StopIteration:
+        return None
+    return _finish(_Resumed(coroutine, first))

@@ -9,24 +9,20 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
 from typing import Final, Literal
 
 import msgspec
 
 from blocklayer.errors import BlockError
 from blocklayer.graph.dirty_bitmap import DirtyBitmap
+from blocklayer.graph.root import requests
 from blocklayer.jobs.copying import CHUNK_SIZE
 from blocklayer.jobs.job import Job, OnError
 from blocklayer.jobs.ranges import RangeCopier, ReadError
 from blocklayer.jobs.threads import crew
-from blocklayer.units import KIB, align_down
 
-_RETRY_S: Final = 0.1
+RETRY_S: Final = 0.1
 """How long a failed range is left alone when errors are ignored."""
-_LEAST_CHUNK: Final = 64 * KIB
-_STEPS_A_SECOND: Final = 4
-"""With a speed limit, chunks are so small that about so many go in a second."""
 
 
 class Policies(msgspec.Struct, frozen=True):
@@ -40,12 +36,19 @@ class Background:
     """Copies what is dirty in ``todo``, for ``job``."""
 
     def __init__(
-        self, job: Job, ranges: RangeCopier, todo: DirtyBitmap, policies: Policies
+        self,
+        job: Job,
+        ranges: RangeCopier,
+        todo: DirtyBitmap,
+        policies: Policies,
+        *,
+        max_chunk: int = CHUNK_SIZE,
     ) -> None:
         self.job = job
         self.ranges = ranges
         self.todo = todo
         self.policies = policies
+        self.max_chunk = max_chunk
         self._cursor = 0
         self._in_flight = 0
 
@@ -58,6 +61,9 @@ class Background:
         """Copy until nothing is dirty. Guests may write on: then it takes until they pause."""
         while self.todo.count:
             await crew(self.ranges.workers, self._work)
+            if self.todo.count:
+                # What is left is in somebody else's hands.
+                await self.ranges.until_others_end()
 
     async def finish(self) -> None:
         """Copy the rest, with both ends drained."""
@@ -66,16 +72,14 @@ class Background:
 
     async def _work(self) -> None:
         while self.todo.count:
-            async with self.job.step(), AsyncExitStack() as inside:
-                await inside.enter_async_context(self.ranges.source.request())
-                await inside.enter_async_context(self.ranges.target.request())
+            async with self.job.step(), requests(self.ranges.source, self.ranges.target):
                 found = self._next()
                 if found is None:
                     # The others are at the rest of it.
                     return
                 failure = await self._try(*found)
             if failure is not None:
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(RETRY_S)
 
     def _next(self) -> tuple[int, int] | None:
         """A dirty range that nobody works at: the first from the cursor on."""
@@ -91,10 +95,7 @@ class Background:
 
     def _chunk_size(self, offset: int) -> int:
         """How much to take at once: up to a whole number of chunks, so that units stay whole."""
-        size = CHUNK_SIZE
-        if self.job.pace.bytes_per_s:
-            wanted = align_down(self.job.pace.bytes_per_s // _STEPS_A_SECOND, _LEAST_CHUNK)
-            size = max(_LEAST_CHUNK, self.todo.granularity, min(size, wanted))
+        size = self.job.pace.portion(self.max_chunk)
         return max(size, self.todo.granularity) - offset % self.todo.granularity
 
     async def _try(self, offset: int, length: int) -> BlockError | None:

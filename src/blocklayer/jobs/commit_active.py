@@ -49,6 +49,8 @@ class ActiveCommit(Mirror):
         self._thaw()
         for layer in self._layers:
             layer.busy = None
+        for layer in self._layers[:-1]:
+            layer.given_up = self._pivoted is not None
         base = self.target.node
         await super().clean()
         if self._pivoted is None and base.graph.nodes.get(base.name) is base:

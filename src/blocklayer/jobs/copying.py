@@ -23,7 +23,7 @@ import msgspec
 
 from blocklayer.graph import io
 from blocklayer.graph.driver import FormatDriver
-from blocklayer.graph.root import Root
+from blocklayer.graph.root import Root, requests
 from blocklayer.jobs.filling import Filler, Pack
 from blocklayer.jobs.plan import Chunk, Gatherer, Piece
 from blocklayer.jobs.reading import Reader, Warn, new_buffer
@@ -161,7 +161,7 @@ class Copier:
     ) -> None:
         buffer = new_buffer(capacity)
         while True:
-            async with AsyncExitStack() as requests:
+            async with AsyncExitStack() as inside:
                 async with self._taking:
                     # Entered in the order of tickets: whoever waits for a turn inside a request
                     # waits for somebody inside a request, never for a drained section to end.
@@ -170,20 +170,19 @@ class Copier:
                         return
                     await self._pace.wait(chunk.length)
                     ticket, self._ticket = self._ticket, self._ticket + 1
-                    await self._enter(chunk, requests)
+                    await self._enter(chunk, inside)
                 await self._copy_chunk(chunk, buffer, ticket, filler, storer)
             self.done += chunk.covered
             if self._progress is not None:
                 self._progress(self.done)
 
-    async def _enter(self, chunk: Chunk, requests: AsyncExitStack) -> None:
-        await requests.enter_async_context(self.target.request())
-        entered = self.target
+    async def _enter(self, chunk: Chunk, inside: AsyncExitStack) -> None:
+        roots = {self.target: None}
         for segment in chunk.segments:
             for piece in segment.pieces:
-                if piece.source is not None and piece.source is not entered:
-                    entered = piece.source
-                    await requests.enter_async_context(entered.request())
+                if piece.source is not None:
+                    roots[piece.source] = None
+        await inside.enter_async_context(requests(*roots))
 
     async def _copy_chunk(
         self, chunk: Chunk, buffer: memoryview, ticket: int, filler: Filler, storer: Threads

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import re
 from collections.abc import Iterator
 
 from blocklayer.errors import BlockError, UsageError
 from blocklayer.graph import events
+from blocklayer.graph.graph import is_well_formed_id
 from blocklayer.jobs.job import Job
 from blocklayer.jobs.states import Status
-
-_ID = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*\Z")
 
 
 class Jobs:
@@ -37,7 +35,7 @@ class Jobs:
 
     def check_id(self, identifier: str) -> str:
         """``identifier`` if a new job may have it. Raises UsageError."""
-        if not _ID.match(identifier):
+        if not is_well_formed_id(identifier):
             raise UsageError(f"Invalid job ID '{identifier}'")
         if identifier in self._by_id:
             raise UsageError(f"Job ID '{identifier}' already in use")
@@ -96,12 +94,17 @@ class Group:
 
     async def discard(self) -> None:
         """The jobs do not come to begin: give back what they hold."""
-        for job in self.jobs:
+        for job in list(self.jobs):
             await _quietly(job.abort, job)
             await _quietly(job.clean, job)
-            job.move(Status.NULL)
-            self.jobs_of_all.remove(job)
-            job.ended.set()
+            self.withdraw(job)
+
+    def withdraw(self, job: Job) -> None:
+        """``job``, which has given back what it held, does not come to begin."""
+        self.jobs.remove(job)
+        job.move(Status.NULL)
+        self.jobs_of_all.remove(job)
+        job.ended.set()
 
     async def _live(self, job: Job) -> None:
         await job.work()

@@ -15,9 +15,9 @@ from __future__ import annotations
 import asyncio
 import errno
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from blocklayer.errors import BlockError, UsageError
 from blocklayer.graph import events
@@ -126,9 +126,9 @@ class Job(ABC):
 
     def resume(self) -> None:
         """Undo ``pause``; requests that had stopped the job with an error are tried again."""
-        self.check_verb("resume")
         if not self.paused_by_user:
             raise UsageError("Can't resume a job that was not paused")
+        self.check_verb("resume")
         self.paused_by_user = False
         self.io_status = "ok"
         self.release()
@@ -202,7 +202,7 @@ class Job(ABC):
     def complete(self) -> None:
         """A ready job is to end, with its full effect."""
         self.check_verb("complete")
-        if self.told_to_complete or self.cancelled:
+        if self.cancelled:
             raise UsageError(f"The active block job '{self.id}' cannot be completed")
         self._told.set()
 
@@ -293,3 +293,14 @@ class Job(ABC):
             self.error.errno = error.errno or errno.EIO
         finally:
             self._work = None
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await ``work``, which goes on to its end even if the caller is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait((task,))
+        task.result()
+        raise

@@ -85,9 +85,14 @@ class Mirror(Job):
     @property
     def actively_synced(self) -> bool:
         """Ready, and every write reaches both sides before it is acknowledged."""
+        return self.ready and self.copy_mode == "write-blocking" and not self.todo.count
+
+    @property
+    def copy_mode(self) -> Literal["background", "write-blocking"]:
+        """The mode in force."""
         driver = self.filter_node.driver
-        assert isinstance(driver, MirrorTopDriver)
-        return self.ready and driver.guard is not None and not self.todo.count
+        watched = isinstance(driver, MirrorTopDriver) and driver.guard is not None
+        return "write-blocking" if watched else "background"
 
     def set_copy_mode(self, copy_mode: Literal["background", "write-blocking"]) -> None:
         """From ``background`` to ``write-blocking``; there is no way back."""

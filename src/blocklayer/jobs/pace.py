@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Final
+
+from blocklayer.units import KIB, align_down
+
+_LEAST_PORTION: Final = 64 * KIB
+_PORTIONS_A_SECOND: Final = 4
+"""With a limit, portions are so small that about so many go in a second."""
 
 
 class Pace:
@@ -20,6 +27,13 @@ class Pace:
         if self._changed is not None:
             self._changed.set()
             self._changed = None
+
+    def portion(self, most: int) -> int:
+        """How many bytes to do at once: ``most``, or less under a limit."""
+        if not self.bytes_per_s:
+            return most
+        wanted = align_down(self.bytes_per_s // _PORTIONS_A_SECOND, _LEAST_PORTION)
+        return max(_LEAST_PORTION, min(most, wanted))
 
     def charge(self, length: int) -> None:
         """``length`` bytes have gone: what comes next has to wait for that."""

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from typing import Final
 
 import msgspec
 
@@ -23,6 +24,8 @@ from blocklayer.units import SECTOR, align_down, align_up
 
 _RUNS_A_REQUEST = 64
 _SEGMENTS_A_CHUNK = 256
+FIXED: Final = -2
+"""In place of a generation: the bytes stay where they are, whatever else of the graph changes."""
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):

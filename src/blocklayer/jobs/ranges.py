@@ -5,7 +5,8 @@ For jobs that work beside a guest: what is to be copied is found out as they go.
 1. Within one ``claim`` nobody else copies, or writes through the job, any byte of the range.
 2. ``copy`` enters no request: its caller is inside one of the source and one of the target, or has
    drained both.
-3. Zeros take no space in a target that reads as zeros there already.
+3. Zeros take no space in a target that reads as zeros there already, by itself or from a backing
+   file other than the source.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from blocklayer.errors import BlockError
-from blocklayer.graph import resolve
+from blocklayer.graph import edit, resolve
 from blocklayer.graph.driver import FormatDriver
 from blocklayer.graph.request import Claim, Claims
 from blocklayer.graph.root import Root
@@ -39,14 +40,25 @@ class RangeCopier:
     """Copies from ``source`` to ``target``; ``close`` it in the end."""
 
     def __init__(
-        self, source: Root, target: Root, *, compress: bool = False, workers: int = DEFAULT_WORKERS
+        self,
+        source: Root,
+        target: Root,
+        *,
+        compress: bool = False,
+        workers: int = DEFAULT_WORKERS,
+        zeros_known: bool = False,
+        look_for_zeros: bool = True,
+        claims: Claims | None = None,
     ) -> None:
         self.source = source
         self.target = target
-        self.claims = Claims()
+        self.claims = claims or Claims()
         self.workers = workers
+        self._zeros_known = zeros_known
         driver = target.node.driver
         self.unit = driver.allocation_unit if isinstance(driver, FormatDriver) else 1
+        # What shows through from the source reads as zeros only as long as the source does.
+        self._look_for_zeros = look_for_zeros and not edit.reaches(target.node, source.node)
         self._loaders = Threads(workers)
         self._filler = Filler(
             Reader(),
@@ -73,38 +85,45 @@ class RangeCopier:
         end = offset + length
         return not any(held.start < end and held.end > offset for held in self.claims.held)
 
+    async def until_others_end(self) -> None:
+        """Wait until the oldest claim that somebody holds is given back."""
+        if self.claims.held:
+            await self.claims.held[0].gone()
+
     async def copy(self, offset: int, length: int) -> None:
         """Copy the range, which is claimed. Raises ReadError or WriteError."""
-        gatherer = Gatherer(self.unit, CHUNK_SIZE)
+        gatherer = Gatherer(self.unit, CHUNK_SIZE, zeros_known=self._zeros_known)
         buffer = self._buffers.pop() if self._buffers else new_buffer(gatherer.limit)
-        chunks = gatherer.chunks(self._pieces(offset, length))
+        chunks = gatherer.chunks(self.pieces(offset, length))
         try:
             async for chunk in chunks:
                 try:
                     await self._filler.fill(chunk, buffer)
                 except (BlockError, OSError) as error:
-                    raise _as(ReadError, error) from error
+                    raise as_kind(ReadError, error) from error
                 try:
                     await store_chunk(
-                        self.target.node, chunk, buffer, self._storer, zeros_known=False,
-                        look_for_zeros=True,
+                        self.target.node, chunk, buffer, self._storer,
+                        zeros_known=self._zeros_known, look_for_zeros=self._look_for_zeros,
                     )  # fmt: skip
                 except (BlockError, OSError) as error:
-                    raise _as(WriteError, error) from error
+                    raise as_kind(WriteError, error) from error
         finally:
             await chunks.aclose()
             self._buffers.append(buffer)
 
-    async def _pieces(self, offset: int, length: int) -> AsyncIterator[Piece]:
+    async def pieces(self, offset: int, length: int) -> AsyncIterator[Piece]:
+        """What is to be copied of the range."""
         node = self.source.node
         try:
             async for run in resolve.runs(node, offset, length):
                 yield piece_of(run, node.generation, self.source)
         except BlockError as error:
-            raise _as(ReadError, error) from error
+            raise as_kind(ReadError, error) from error
 
 
-def _as(kind: type[BlockError], error: BlockError | OSError) -> BlockError:
+def as_kind(kind: type[BlockError], error: BlockError | OSError) -> BlockError:
+    """``error`` as one of ``kind``, unless it is told already where it happened."""
     if isinstance(error, ReadError | WriteError):
         return error
     failure = kind(str(error))

@@ -1,6 +1,7 @@
 """Reading pieces of guest data into a buffer: in a thread where the source allows it.
 
-1. A piece is read where its run says only while the source's mapping has not changed since.
+1. A piece is read where its run says only while the source's mapping has not changed since, or
+   its place is fixed.
 2. With ``salvage``, sectors that cannot be read become zeros and are reported, one by one.
 """
 
@@ -17,7 +18,7 @@ from blocklayer.errors import BlockError, StorageError
 from blocklayer.graph import io
 from blocklayer.graph.driver import ProtocolDriver, ThreadSafeIO
 from blocklayer.graph.extent import Kind
-from blocklayer.jobs.plan import Piece
+from blocklayer.jobs.plan import FIXED, Piece
 from blocklayer.units import SECTOR
 
 Warn = Callable[[str], None]
@@ -142,7 +143,9 @@ def _direct(piece: Piece, at: int) -> Load | None:
     if run is None or source is None or run.kind is not Kind.DATA or run.storage is None:
         return None
     driver = run.storage.driver
-    if source.node.generation != piece.generation or not isinstance(driver, ProtocolDriver):
+    if piece.generation not in (FIXED, source.node.generation):
+        return None
+    if not isinstance(driver, ProtocolDriver):
         return None
     storage = driver.thread_safe_io()
     if storage is None or run.host_offset is None:

@@ -37,6 +37,10 @@ async def rebase(
 
     None stands for no backing file. The answer is how many bytes were written.
     """
+    driver = overlay.node.driver
+    if isinstance(driver, FormatDriver) and not driver.holds_zeros:
+        # What reads as zeros over no backing file would not hide the new one.
+        options = msgspec.structs.replace(options, sparse_size=0)
     comparison = _Comparison(overlay, old, new, progress)
     copier = Copier(overlay, options)
     with Threads(1) as threads:

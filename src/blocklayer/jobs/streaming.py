@@ -12,13 +12,13 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 
 import msgspec
 
 from blocklayer.errors import StorageError
 from blocklayer.graph.driver import Buffer
-from blocklayer.graph.root import Root
+from blocklayer.graph.root import Root, requests
 from blocklayer.graph.streams import ImageStream, Packed
 from blocklayer.jobs.convert import top_pieces, total_size, whole_units
 from blocklayer.jobs.copying import CHUNK_SIZE, DEFAULT_SPARSE_SIZE, DEFAULT_WORKERS, Pace
@@ -213,9 +213,7 @@ class Streaming:
 
             async def fill(chunk: Chunk) -> tuple[Chunk, memoryview]:
                 buffer = free.pop() if free else new_buffer(capacity)
-                async with AsyncExitStack() as requests:
-                    for source in self.sources:
-                        await requests.enter_async_context(source.request())
+                async with requests(*self.sources):
                     await filler.fill(chunk, buffer)
                 return chunk, buffer
 

@@ -34,11 +34,11 @@ _INSPECTORS: Final[dict[str, _Inspector]] = {
     "parallels": known.inspect_parallels,
     "dmg": known.inspect_dmg,
     "luks": known.inspect_luks,
-    "bochs": known.inspect_only_known,
-    "cloop": known.inspect_only_known,
+    "bochs": known.inspect_bochs,
+    "cloop": known.inspect_cloop,
 }
 _RARE: Final = ("qcow", "qed", "parallels", "dmg", "bochs", "cloop")
-_READABLE: Final = ("qcow2", "vmdk", "vhdx", "vpc", "vdi")
+_READABLE: Final = ("qcow2", "vmdk", "vhdx", "vpc", "vdi", *_RARE)
 
 
 async def inspect(
@@ -96,7 +96,7 @@ def _inspect_headers(path: str, format: str | None, max_size: int | None) -> Ins
 
 def _inspect_format(report: Inspection, reader: Reader) -> None:
     if report.format in _RARE:
-        report.add("rare-format", f"Images in {report.format} format are recognised, not opened.")
+        report.add("rare-format", f"Images in {report.format} format are seldom met.")
     try:
         _INSPECTORS[report.format](report, reader)
     except UnsupportedError as error:

@@ -30,7 +30,7 @@ FINDINGS: Final[dict[str, tuple[Severity, str]]] = {
     "unknown-compatible": ("note", "unknown features that may be ignored"),
     "unknown-extension": ("note", "header extensions that may be ignored"),
     "invalid-header": ("unsafe", "the header contradicts itself or the format"),
-    "rare-format": ("suspicious", "a format that is recognised, and not opened"),
+    "rare-format": ("suspicious", "a format that is seldom met in honest uploads"),
     "unsupported": ("suspicious", "a variant that this program does not open"),
     "several-formats": ("unsafe", "the file is an image in more than one format"),
     "nested-format": ("unsafe", "the disk begins like an image: as a raw file it would be one"),

@@ -9,8 +9,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import tempfile
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
@@ -21,13 +19,13 @@ from blocklayer.cli import console
 from blocklayer.cli.common import warn_if_guessed
 from blocklayer.cli.objects import new_graph
 from blocklayer.errors import BlockError, UsageError
-from blocklayer.graph.create import create_image
 from blocklayer.graph.filename import image_options
 from blocklayer.graph.node import Flags, Node
 from blocklayer.graph.open import open_image, open_options
 from blocklayer.graph.options import unflatten
 from blocklayer.graph.permission import Permission
 from blocklayer.graph.root import Root
+from blocklayer.graph.temporary import temporary_storage
 
 AIO_MODES = ("threads", "native", "io_uring")
 DISCARD_MODES = {"ignore": False, "off": False, "unmap": True, "on": True}
@@ -140,17 +138,7 @@ class Image:
         )
 
     async def _make_overlay(self, size: int) -> Node:
-        file, path = tempfile.mkstemp(prefix="blk-", suffix=".qcow2")
-        os.close(file)
-        try:
-            await create_image(self.graph, path, "qcow2", {}, size=size)
-            storage = await open_options(
-                self.graph,
-                {"driver": "file", "filename": path},
-                Flags(read_only=False, no_flush=True, discard_unmap=True),
-            )
-        finally:
-            os.unlink(path)
+        storage = await temporary_storage(self.graph, size)
         # Outlives the node above it, which reopening closes.
         storage.held = True
         return storage

@@ -140,6 +140,11 @@ class StoredBitmaps:
             bitmap.read_only = node.flags.read_only
             node_bitmaps.attach(bitmap)
 
+    def become_read_only(self) -> None:
+        """They are stored; nothing is written any more."""
+        for bitmap in self._image.node.dirty_bitmaps.values():
+            bitmap.read_only = bitmap.persistent
+
     async def become_writer(self) -> None:
         """Read all bits, and note in the file that they will change."""
         if not self.entries:
@@ -240,6 +245,8 @@ class StoredBitmaps:
         """The file is to hold what memory holds, none of it in use. All else is on file already."""
         kept = [b for b in self._image.node.dirty_bitmaps.values() if b.persistent]
         if not kept:
+            if self.entries:
+                await self._switch([], [])
             return
         # The original tool puts the newest of the new ones first; a copy of all keeps their order.
         kept.reverse()

@@ -122,6 +122,7 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         self.compressor = Compressor(image, self.mapping, self.writer)
         self.resizer = Resizer(image, self.mapping, self.writer, self.zeroer)
         self.allocation_unit = header.cluster_size
+        self.holds_zeros = header.version >= 3
         self.zero_alignment = self.discard_alignment = image.geometry.subcluster_size
 
     async def _become_writer(self) -> None:
@@ -164,13 +165,23 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
             self._clean_timer.cancel()
             self._clean_timer = None
         if self.image.writable:
-            async with self.image.lock:
-                await flushing.write_all(self.image)
-                if not self.node.flags.repair and not self.image.stays_dirty:
-                    await self.image.set_dirty(False)
-                await self.stored_bitmaps.store()
+            await self._store_all()
         if self.encryption is not None:
             self.encryption.close()
+
+    async def _store_all(self) -> None:
+        async with self.image.lock:
+            await flushing.write_all(self.image)
+            if not self.node.flags.repair and not self.image.stays_dirty:
+                await self.image.set_dirty(False)
+            await self.stored_bitmaps.store()
+
+    async def retire(self) -> bool:
+        """What memory has stays good for reading."""
+        if self.image.writable:
+            await self._store_all()
+        self.stored_bitmaps.become_read_only()
+        return True
 
     def _schedule_cleaning(self) -> None:
         interval_s = self.image.settings.clean_interval_s

@@ -289,6 +289,9 @@ class VmdkDriver(BlockFormatDriver):
         """A new grain; or, for the first write, the place where the data is."""
         await self._identify()
         part = self._extent_at(offset)
+        # Not in commit: a grain whose table is only not written yet is not free again.
+        if isinstance(part, SparseExtent) and part.full:
+            await self._write_back()
         return await part.allocate(offset, min(length, part.end - offset))
 
     async def commit(self, allocation: Allocation) -> None:
@@ -296,8 +299,6 @@ class VmdkDriver(BlockFormatDriver):
         part = self._extent_at(allocation.offset)
         if await part.commit(allocation):
             self.node.mapping_changed()
-        if isinstance(part, SparseExtent) and part.full:
-            await self._write_back()
 
     async def abort(self, allocation: Allocation) -> None:
         """The grain stays free."""

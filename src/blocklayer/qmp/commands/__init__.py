@@ -1,8 +1,13 @@
-"""All commands: importing this package declares them."""
+"""All commands: importing this package declares them, one module a subject."""
 
 from __future__ import annotations
 
-from blocklayer.qmp.commands import chardev, descriptors, human, protocol
+from importlib import import_module
+from pkgutil import iter_modules
+
 from blocklayer.qmp.commands.table import COMMANDS
 
-__all__ = ["COMMANDS", "chardev", "descriptors", "human", "protocol"]
+__all__ = ["COMMANDS"]
+
+for _module in iter_modules(__path__, f"{__name__}."):
+    import_module(_module.name)

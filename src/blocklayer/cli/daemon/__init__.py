@@ -1,0 +1,1 @@
+"""`blk daemon`: the live block layer as a program."""

@@ -1,0 +1,1 @@
+"""The `nbd` driver: an export of any NBD server as a node."""

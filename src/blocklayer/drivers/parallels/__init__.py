@@ -1,0 +1,1 @@
+"""Parallels' expanding images: `driver`, `clusters` that are free, and `check` with repair."""

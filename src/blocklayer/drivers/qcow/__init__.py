@@ -1,0 +1,1 @@
+"""qcow, version 1: `driver`, and `clusters` that are compressed or encrypted."""

@@ -1,0 +1,1 @@
+"""QED: `driver`, and `check` with repair."""
