@@ -201,6 +201,35 @@ def test_the_old_encryption_is_read(tmp_path: Path, qemu_img: Oracle) -> None:
         create_qcow2(tmp_path / "b", **{"encrypt.format": "aes"})
 
 
+def test_cipher_text_is_no_raw_image(tmp_path: Path) -> None:
+    raw = {"data_file": str(tmp_path / "data"), "data_file_raw": True}
+    with pytest.raises(UsageError, match="holds cipher text"):
+        create_qcow2(tmp_path / "a", **raw)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_foreign_raw_data_file_with_cipher_text(
+    tmp_path: Path, qemu_img: Oracle, qemu_io: Oracle
+) -> None:
+    """The real tool makes such images; its zeros are in the tables, and so are ours."""
+    path = tmp_path / "a.qcow2"
+    made = f"encrypt.format=luks,encrypt.key-secret=one,encrypt.iter-time={FAST},extended_l2=on"
+    made += f",data_file={tmp_path}/data,data_file_raw=on"
+    qemu_img("create", "-q", *OBJECTS, "-f", "qcow2", "-o", made, path, "4M")
+    model = bytearray(4 * MIB)
+    write_theirs(qemu_io, qcow2(path), 3, model)
+    with open_disk(qcow2(path)) as disk:
+        assert disk.read(0, 4 * MIB) == model
+        disk.write_zeroes(1000, MIB, unmap=True)
+        model[1000 : 1000 + MIB] = bytes(MIB)
+        disk.write(2 * MIB + 7, b"ours")
+        model[2 * MIB + 7 : 2 * MIB + 11] = b"ours"
+        disk.resize(5 * MIB)
+        model += bytes(MIB)
+    assert read_theirs(qemu_img, text_of(path), tmp_path / "out") == model
+    assert ours(["check", str(path)], tmp_path).code == 0
+
+
 def test_snapshots_commit_and_rebase(tmp_path: Path, qemu_img: Oracle, qemu_io: Oracle) -> None:
     base, top = tmp_path / "base", tmp_path / "top"
     create_qcow2(base, 2 * MIB, "two")
