@@ -69,7 +69,7 @@ def _encode_name(name: str | None) -> bytes:
 
 
 class QcowDriver(BlockFormatDriver):
-    """One image."""
+    """One qcow image of version 1."""
 
     NAME: ClassVar[str] = "qcow"
     Options = QcowOptions

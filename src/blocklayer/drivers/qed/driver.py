@@ -40,8 +40,6 @@ class QedOptions(FileOptions):
 class QedCreateOptions(BaseCreateOptions):
     """``-o`` of ``qemu-img create -f qed``."""
 
-    BEFORE_SIZE: ClassVar[frozenset[str]] = frozenset()
-
     backing_file: Annotated[str | None, Meta(description="File name of a base image")] = None
     backing_fmt: Annotated[str | None, Meta(description="Image format of the base image")] = None
     cluster_size: Annotated[Size, Meta(description="Cluster size (in bytes)")] = (
