@@ -121,7 +121,11 @@ class QedDriver(BlockFormatDriver):
             await self._write_header(replace(self.header, autoclear_features=0))
 
     async def _write_header(self, header: Header) -> None:
-        await io.write(self._storage, 0, header.pack())
+        try:
+            await io.write(self._storage, 0, header.pack())
+        except BaseException:
+            self.node.poison("its header may have changed or not: open it again")
+            raise
         self.header = header
 
     async def close(self) -> None:
