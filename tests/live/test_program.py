@@ -197,13 +197,13 @@ def test_exports_and_resizing(tmp_path: Path, qemu_io: Oracle) -> None:
 
 def test_what_is_refused(tmp_path: Path) -> None:
     async def scene(daemon: blocklayer.Daemon, guest: Guest, folder: Path) -> None:
-        with pytest.raises(UsageError, match="no disk 'nowhere' .disks: disk0."):
+        with pytest.raises(UsageError, match="no disk 'nowhere'"):
             await daemon.snapshot("nowhere", overlay="x")
         with pytest.raises(UsageError, match="already"):
             await daemon.add("disk0", folder / "base.qcow2")
         with pytest.raises(UsageError, match="Invalid disk name"):
             await daemon.add("0", folder / "base.qcow2")
-        with pytest.raises(UsageError, match="base"):
+        with pytest.raises(UsageError, match="backing chain"):
             await daemon.commit("disk0", base="nowhere")
 
     play(tmp_path, scene)

@@ -154,10 +154,9 @@ class Daemon(core.Daemon):
         from blocklayer.daemon.operations import BlockCommit, block_commit
 
         node = self._node(disk)
-        arguments = BlockCommit(
-            job_id=f"commit-{disk}", device=node.name, speed=speed, **self._layer(base, "base"),
-            **self._layer(top, "top"),
-        )  # fmt: skip
+        arguments = BlockCommit(job_id=f"commit-{disk}", device=node.name, speed=speed)
+        arguments.base_node, arguments.base = self._layer(base)
+        arguments.top_node, arguments.top = self._layer(top)
         await self._finish(await block_commit(self, arguments), pivot, progress)
 
     async def stream(
@@ -166,10 +165,8 @@ class Daemon(core.Daemon):
         """Copy what the layers above ``base`` (None: all) hold up into the active one."""
         from blocklayer.daemon.operations import BlockStream, block_stream
 
-        arguments = BlockStream(
-            job_id=f"stream-{disk}", device=self._node(disk).name, speed=speed,
-            **self._layer(base, "base"),
-        )  # fmt: skip
+        arguments = BlockStream(job_id=f"stream-{disk}", device=self._node(disk).name, speed=speed)
+        arguments.base_node, arguments.base = self._layer(base)
         await self._finish(await block_stream(self, arguments), False, progress)
 
     async def mirror(
@@ -224,9 +221,15 @@ class Daemon(core.Daemon):
         arguments = DriveBackup(
             job_id=f"backup-{disk}", device=self._node(disk).name, target=os.fspath(target),
             sync=sync, bitmap=bitmap, format=format, compress=compress, speed=speed,
-            mode="existing" if reuse else "absolute-paths",
+            mode="existing" if reuse else "absolute-paths", auto_dismiss=False,
         )  # fmt: skip
-        await self._finish(await drive_backup(self, arguments), False, progress)
+        await drive_backup(self, arguments)
+        job = self.jobs.find(f"backup-{disk}")
+        assert job is not None, "only dismissed by us"
+        try:
+            await self._finish(job, False, progress)
+        finally:
+            job.dismiss()
 
     async def export(self, disk: str, uri: str, *, writable: bool = True) -> None:
         """Serve the disk by NBD at ``uri``: nbd://HOST:PORT/NAME or nbd+unix:///NAME?socket=PATH.
@@ -264,11 +267,9 @@ class Daemon(core.Daemon):
     def _node(self, disk: str) -> Node:
         return self.disk(disk).root.node
 
-    def _layer(self, name: str | None, role: str) -> dict[str, str]:
-        """``name`` as the argument for a layer: a node's, or a file's."""
-        if name is None:
-            return {}
-        return {f"{role}_node" if name in self.graph.nodes else role: name}
+    def _layer(self, name: str | None) -> tuple[str | None, str | None]:
+        """``name`` of a layer as a node's name or as a file's."""
+        return (name, None) if name in self.graph.nodes else (None, name)
 
     def _free_name(self, wanted: str) -> str:
         """A node name that begins like ``wanted``."""
