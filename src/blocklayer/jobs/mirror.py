@@ -102,9 +102,13 @@ class Mirror(Job):
         self._watch_writes()
 
     def _watch_writes(self) -> None:
+        self._mirror_top.watch(self._write_both)
+
+    @property
+    def _mirror_top(self) -> MirrorTopDriver:
         driver = self.filter_node.driver
         assert isinstance(driver, MirrorTopDriver)
-        driver.watch(self._write_both)
+        return driver
 
     async def run(self) -> None:
         """Copy until both sides are the same, then follow the source until told to end."""
@@ -195,6 +199,8 @@ class Mirror(Job):
         async with edit.changing(self.graph):
             await self._background.finish()
             await io.flush(self.target.node)
+            # What is written from here on is no more of the copy's business.
+            self._mirror_top.watch(None)
             if not self._soft:
                 self._pivoted = await self.pivot()
 

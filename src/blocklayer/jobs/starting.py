@@ -118,7 +118,7 @@ async def start_mirror(
             raise
         source = Root(node, f"block job '{job['identifier']}'", READ, follows=False)
         mirror = Mirror(source, hold, filter_node, options, **job)
-        node.busy = target.busy = in_use(mirror.TYPE)
+        node.busy = target.busy = filter_node.busy = in_use(mirror.TYPE)
         group.add(mirror)
     return mirror
 
@@ -159,6 +159,7 @@ async def start_active_commit(
             raise
         source = Root(top, f"block job '{job['identifier']}'", READ, follows=False)
         commit = ActiveCommit(source, hold, filter_node, options, was_read_only, **job)
+        filter_node.busy = in_use(commit.TYPE)
         group.add(commit)
     return commit
 
