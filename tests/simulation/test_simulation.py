@@ -12,7 +12,7 @@ from simulation.world import World
 
 SEEDS = 24
 SOAK_SEEDS = 4000
-FOREVER_S = 3600
+FOREVER_S = 200
 """Of simulated time."""
 
 

@@ -63,6 +63,8 @@ class Mirror(Job):
         self.source = source
         self.target = target
         self.filter_node = filter_node
+        # Without users between the pivot and the end: it stays all the same.
+        self._filter_hold = Root(filter_node, source.label, Permission.NONE, follows=False)
         self.options = options
         self.todo = DirtyBitmap(source.node, None, granularity_for(target.node, options))
         self._ranges = RangeCopier(source, target)
@@ -228,7 +230,7 @@ class Mirror(Job):
         async with edit.changing(self.graph):
             edit.drop_filter(self.filter_node)
         self._ranges.close()
-        await self.graph.release(self.filter_node)
+        await self._filter_hold.close()
         await self.source.close()
         await self.target.close()
 
