@@ -71,6 +71,8 @@ class Mirror(Job):
         self._background = Background(self, self._ranges, self.todo, options.policies)
         self._news = asyncio.Event()
         self._soft = False
+        self._write_blocking = options.copy_mode == "write-blocking"
+        self._marked = False
         self._pivoted: edit.Change | None = None
         source.node.watch(self.todo)
         source.node.watch(self)
@@ -101,7 +103,9 @@ class Mirror(Job):
         self.check_verb("change")
         if copy_mode != "write-blocking":
             raise UsageError("Change to copy mode 'background' is not implemented")
-        self._watch_writes()
+        self._write_blocking = True
+        if self._marked:
+            self._watch_writes()
 
     def _watch_writes(self) -> None:
         self._mirror_top.watch(self._write_both)
@@ -114,10 +118,12 @@ class Mirror(Job):
 
     async def run(self) -> None:
         """Copy until both sides are the same, then follow the source until told to end."""
-        if self.options.copy_mode == "write-blocking":
-            self._watch_writes()
         if self.options.everything:
             await self._mark_all()
+        # Not before: while all is being marked, what is clean need not be the same on both sides.
+        self._marked = True
+        if self._write_blocking:
+            self._watch_writes()
         self._background.update_total()
         while True:
             self._news.clear()
