@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from blocklayer.errors import BlockError
-from blocklayer.testing.simulation import Deadlock, simulate
+from blocklayer.testing.simulation import DeadlockError, simulate
 from simulation.world import World
 
 SEEDS = 24
@@ -52,6 +52,6 @@ def test_a_deadlock_is_told() -> None:
     async def main() -> None:
         await asyncio.Event().wait()
 
-    with pytest.raises(Deadlock, match=r"Nothing is left.*[\s\S]*in main") as told:
+    with pytest.raises(DeadlockError, match=r"Nothing is left.*[\s\S]*in main") as told:
         simulate(main())
     assert isinstance(told.value, BlockError)

@@ -6,7 +6,7 @@ Together with ``CrashingDisk`` (``concurrent``, ``chance``) a seed decides how l
 takes, and so in which order they end; the same seed gives the same run.
 
 1. Time passes only when nothing can run, and then at once: sleeping costs nothing.
-2. When nothing can run and nothing ever will, ``Deadlock`` is raised, and says who waits where.
+2. When nothing can run and nothing ever will, ``DeadlockError`` is raised, and says who waits where.
 3. There are no threads: what would run in one runs at once, on the loop.
 """
 
@@ -23,7 +23,7 @@ from blocklayer.errors import BlockError
 T = TypeVar("T")
 
 
-class Deadlock(BlockError):
+class DeadlockError(BlockError):
     """Every task waits for another."""
 
 
@@ -36,7 +36,7 @@ class _Time(selectors.SelectSelector):
         ready = super().select(0)
         if not ready:
             if timeout is None:
-                raise Deadlock("Nothing is left that could happen")
+                raise DeadlockError("Nothing is left that could happen")
             self.now += max(0.0, timeout)
         return ready
 
@@ -65,16 +65,16 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
 
 
 def simulate(main: Coroutine[Any, Any, T]) -> T:
-    """Run ``main`` to its end. Raises Deadlock, and what ``main`` raises."""
+    """Run ``main`` to its end. Raises DeadlockError, and what ``main`` raises."""
     loop = SimulatedLoop()
     asyncio.set_event_loop(loop)
     try:
         return loop.run_until_complete(main)
-    except Deadlock as error:
+    except DeadlockError as error:
         told = io.StringIO()
         for task in asyncio.all_tasks(loop):
             task.print_stack(file=told)
-        raise Deadlock(f"{error}\n{told.getvalue()}") from None
+        raise DeadlockError(f"{error}\n{told.getvalue()}") from None
     finally:
         for task in asyncio.all_tasks(loop):
             # They will never run again: nobody is to complain of that.
