@@ -25,6 +25,15 @@ from blocklayer.testing.model import Chain, Versions
 from blocklayer.testing.strategies import Request
 
 REGISTRY = registry()
+KEY = {"encrypt": {"key-secret": "one"}}
+"""What opens an encrypted image."""
+
+
+def new_graph() -> Graph:
+    """A graph that knows the secret."""
+    graph = Graph(REGISTRY)
+    graph.objects.add_secret("one", b"a passphrase")
+    return graph
 
 
 async def take(
@@ -35,7 +44,7 @@ async def take(
     # What a pair of disks (`pairs`) has for its second.
     options = {**getattr(disk, "options", {}), **options}
     flags = Flags(read_only=not writable, discard_unmap=True)
-    graph = Graph(REGISTRY)
+    graph = new_graph()
     node = await open_image(graph, {"driver": format, "file": file, **options}, flags=flags)
     taken = int(Permission.CONSISTENT_READ)
     if writable:
@@ -45,6 +54,11 @@ async def take(
     except BaseException:
         await graph.release(node)
         raise
+
+
+def driver_of(root: Root) -> FormatDriver:
+    assert isinstance(root.node.driver, FormatDriver)
+    return root.node.driver
 
 
 async def check(root: Root, *repair: str) -> CheckResult:
@@ -62,7 +76,7 @@ async def new_image(
     values = {"cluster_size": 512, **options}
     backing = None if base is None else base.name
     await create_image(
-        Graph(REGISTRY),
+        new_graph(),
         disk.name,
         "qcow2",
         values,

@@ -11,12 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from blocklayer.drivers import REGISTRY
 from blocklayer.drivers.memory import Pages
 from blocklayer.graph.create import create_image
-from blocklayer.graph.graph import Graph
 from blocklayer.testing.crashing import CrashingDisk, Event, State
-from proof.crashes import raw_disk
+from proof.crashes import new_graph, raw_disk
 
 APART = 1 << 40
 """Where the data file's pages are put, to tell states of pairs from one another."""
@@ -106,7 +104,7 @@ async def new_pair(
         **options,
     }
     await create_image(
-        Graph(REGISTRY),
+        new_graph(),
         str(folder / "image"),
         "qcow2",
         values,

@@ -78,7 +78,7 @@ async def sessions(bench: Bench) -> None:
     await bench.reopen()
     await bench.do("discard", 8 * KIB, 4 * KIB)
     unit = bench.root.node.driver.allocation_unit  # type: ignore[attr-defined]
-    await bench.do("compress", 60 * KIB, unit, 9)
+    await bench.do("compress", 48 * KIB, unit, 9)
     await bench.reopen()
     await bench.reopen()
 
@@ -121,7 +121,14 @@ async def _record(disk: CrashingDisk, workload: Workload) -> Bench:
 
 
 @pytest.mark.parametrize(
-    "shape", [{}, {"lazy_refcounts": True}, {"cluster_size": 4096}], ids=["plain", "lazy", "4k"]
+    "shape",
+    [
+        {},
+        {"lazy_refcounts": True},
+        {"cluster_size": 4096},
+        {"cluster_size": 16 * KIB, "extended_l2": True},
+    ],
+    ids=["plain", "lazy", "4k", "extended L2"],
 )
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.__name__)
 @pytest.mark.parametrize("backed", [False, True])

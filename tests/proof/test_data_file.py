@@ -16,9 +16,9 @@ from blocklayer.testing.crashing import CrashingDisk
 from blocklayer.testing.model import Chain, Versions, difference
 from blocklayer.testing.strategies import Request
 from proof.chains import run
-from proof.crashes import check, judge_raw, moments, raw_disk, spread, survive, take
+from proof.crashes import check, driver_of, judge_raw, moments, raw_disk, spread, survive, take
 from proof.pairs import Pair, new_pair
-from proof.test_nth_failure import OPERATIONS, SIZE, TRIES_MAX, driver_of, outcome, retry
+from proof.test_nth_failure import OPERATIONS, SIZE, TRIES_MAX, outcome, retry
 from proof.test_power_failure import KIB, WORKLOADS, record
 
 FITTING = [name for name in WORKLOADS if name != "compressed"]

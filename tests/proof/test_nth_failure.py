@@ -14,7 +14,7 @@ import pytest
 
 from blocklayer.errors import BlockError, StorageError
 from blocklayer.graph.create import create_image
-from blocklayer.graph.driver import BackingReference, FormatDriver
+from blocklayer.graph.driver import BackingReference
 from blocklayer.graph.graph import Graph
 from blocklayer.graph.root import Root
 from blocklayer.testing.contract import apply, read_all
@@ -22,7 +22,7 @@ from blocklayer.testing.crashing import CrashingDisk
 from blocklayer.testing.model import Chain, Versions, difference
 from blocklayer.testing.strategies import Request
 from proof.chains import run
-from proof.crashes import REGISTRY, check, new_image, raw_disk, take
+from proof.crashes import REGISTRY, check, driver_of, new_image, raw_disk, take
 
 KIB = 1024
 CLUSTER = 512
@@ -71,11 +71,6 @@ def resize(size: int) -> tuple[Operation, Effect]:
         await root.flush()
 
     return operation, lambda chain, unit: chain.resize(size)
-
-
-def driver_of(root: Root) -> FormatDriver:
-    assert isinstance(root.node.driver, FormatDriver)
-    return root.node.driver
 
 
 async def forget_backing(root: Root) -> None:

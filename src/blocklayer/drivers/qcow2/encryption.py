@@ -144,10 +144,11 @@ class Encryption:
 
     @staticmethod
     def shown(extent: Extent) -> Extent:
-        """``extent`` as the graph must see it: data is not to be read past us."""
-        if extent.kind is not Kind.DATA:
+        """``extent`` as the graph must see it: nobody reads past us, or is told a place."""
+        if extent.host_offset is None:
             return extent
-        return Extent(extent.offset, extent.length, Kind.OPAQUE, writable=extent.writable)
+        kind = Kind.OPAQUE if extent.kind is Kind.DATA else extent.kind
+        return Extent(extent.offset, extent.length, kind, writable=extent.writable)
 
     def prepare(self, allocation: Allocation) -> None:
         """Let what fills ``allocation`` be encrypted on its way."""

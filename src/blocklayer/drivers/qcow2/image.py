@@ -93,6 +93,15 @@ class Image:
         return self.header.data_file_raw and self.encryption is None
 
     @property
+    def frees_in_place(self) -> bool:
+        """Whether a discard gives space back that its guest clusters keep, at once.
+
+        Not that of cipher text: its zeros are garbage to whoever reads them before the entries that
+        hide them are on stable storage.
+        """
+        return self.settings.discard_request and self.encryption is None
+
+    @property
     def data_end(self) -> int:
         """How long a data file is to be: as the disk, though only whole sectors are encrypted."""
         size = self.header.size

@@ -101,12 +101,17 @@ class Mapping:
             place += offset & self._cluster_mask
             return Extent(offset, length, Kind.ZERO, place, child)
         if not entry & self._held:
-            # A raw data file is the whole disk: nothing shows through it.
-            kind = Kind.ZERO if self._image.data_file_raw else Kind.UNALLOCATED
-            return Extent(offset, length, kind)
+            return Extent(offset, length, self._hole)
         place += offset & self._cluster_mask
         writable = bool(entry & COPIED) and self._image.writable
         return Extent(offset, length, Kind.DATA, place, child, writable, recurse=True)
+
+    @property
+    def _hole(self) -> Kind:
+        """What is where nothing was written: through a raw data file nothing below is to show."""
+        image = self._image
+        hides = image.data_file_raw and image.node.backing is not None
+        return Kind.ZERO if hides else Kind.UNALLOCATED
 
     async def storage_has_holes(self) -> bool:
         """Whether the file has less space than the clusters in use need; looked at once."""

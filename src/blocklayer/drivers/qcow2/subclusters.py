@@ -129,8 +129,8 @@ class SubclusterMapping(Mapping):
         if entry & self._held:
             place = (entry & OFFSET_MASK) + (offset & self._cluster_mask)
             child = self._image.data.child
-        if kind is ClusterKind.UNALLOCATED and not self._image.data_file_raw:
-            return Extent(offset, length, Kind.UNALLOCATED, place, child)
+        if kind is ClusterKind.UNALLOCATED:
+            return Extent(offset, length, self._hole, place, child)
         if kind is ClusterKind.NORMAL:
             return Extent(offset, length, Kind.DATA, place, child, writable, recurse=True)
         return Extent(offset, length, Kind.ZERO, place, child)
@@ -312,9 +312,8 @@ class SubclusterZeroer(Zeroer):
 
     async def discard(self, offset: int, length: int) -> None:
         """Give the space of whole subclusters back; see ``Driver.discard``."""
-        settings = self._image.settings
         places: list[tuple[int, int]] = []
-        takes_back = settings.discard_request and not settings.discard_no_unref
+        takes_back = self._image.frees_in_place and not self._image.settings.discard_no_unref
         if takes_back and not self._image.geometry.data_file:
             # Clusters that stay are not given up as others are: what is unused in them is.
             for start in self._in_part(offset, offset + length):

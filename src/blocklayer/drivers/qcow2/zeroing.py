@@ -7,7 +7,7 @@
 3. In a raw data file the zeros themselves are put, and no entry changes: whatever reaches stable
    storage first, the file and the image tell the same.
 4. Space in a data file is given back as zeros, by the request itself: the same guest cluster may
-   take it again at once.
+   take it again at once. That of cipher text is kept (``Image.frees_in_place``).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Zeroer:
     async def _free_data(self, offset: int, length: int) -> None:
         """Give back a range that is to read as zeros, if it lies in a data file."""
         image = self._image
-        if image.geometry.data_file and image.settings.discard_request:
+        if image.geometry.data_file and image.frees_in_place:
             await image.data.free(offset, length)
 
     async def _unallocate(self, offset: int, length: int) -> None:
@@ -119,7 +119,7 @@ class Zeroer:
         hides = self._hides()
         change = _ZERO_KEPT if hides else _ZERO_KEPT_IF_HELD
         await self._change(offset, length, change, Reason.REQUEST, sparse=not hides)
-        if self._image.settings.discard_request:
+        if self._image.frees_in_place:
             for place, size in places:
                 await self._image.data.discard(place, size)
 
