@@ -8,8 +8,8 @@
         print(disk.read(0, 5), [extent.depth for extent in disk.map()])
     blocklayer.convert("new.qcow2", "copy.qcow2", compress=True, progress=print)
 
-The same for asyncio is in ``blocklayer.aio``. Names are loaded when first used, so that importing
-the package costs next to nothing.
+The same for asyncio is in ``blocklayer.aio``; a ``blocklayer.Daemon`` changes disks in use. Names
+are loaded when first used, so that importing the package costs next to nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         rebase,
         stream,
     )
+    from blocklayer.daemon.program import Daemon
     from blocklayer.errors import BlockError, CancelledError
     from blocklayer.graph.gate import Policy, default_policy, set_default_policy
 
@@ -39,6 +40,7 @@ __all__ = [
     "BlockError",
     "Cancellation",
     "CancelledError",
+    "Daemon",
     "Disk",
     "Policy",
     "aio",
@@ -59,6 +61,7 @@ _HOMES = {
     "BlockError": "blocklayer.errors",
     "Cancellation": "blocklayer.api.cancellation",
     "CancelledError": "blocklayer.errors",
+    "Daemon": "blocklayer.daemon.program",
     "Disk": "blocklayer.api.sync",
     "Policy": "blocklayer.graph.gate",
     "clone": "blocklayer.api.sync",

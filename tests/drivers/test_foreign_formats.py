@@ -11,7 +11,17 @@ import pytest
 
 import blocklayer
 from blocklayer import BlockError, aio
-from drivers.images import KINDS, MIB, Kind, read_all, write_ours, write_theirs
+from blocklayer.cli.main import main
+from drivers.images import (
+    KINDS,
+    MIB,
+    Kind,
+    apply,
+    operations,
+    read_all,
+    write_ours,
+    write_theirs,
+)
 from oracles import Oracle
 
 CHECKED = ("vdi", "vhdx", "vmdk", "qed", "parallels")
@@ -132,6 +142,23 @@ def test_a_qcow2_overlay_reads_through_it(kind: Kind, tmpfs: Path, qemu_img: Ora
 
 
 @each_kind
+def test_what_is_converted_into_it(kind: Kind, tmpfs: Path, qemu_img: Oracle) -> None:
+    """Data by the megabyte, single sectors, and holes; the copy engine allocates in runs."""
+    image, raw = tmpfs / "image", tmpfs / "raw"
+    model = bytearray(kind.disk_size)
+    for what, offset, length, byte in operations(11, len(model), 60):
+        apply(model, what, offset, length, byte)
+    raw.write_bytes(model)
+    options = [f"-o{key}={value}" for key, value in kind.options.items()]
+    command = ["img", "convert", "-f", "raw", "-O", kind.format, *options, str(raw), str(image)]
+    assert main(command) == 0
+    qemu_img("compare", "-f", kind.format, "-F", "raw", image, raw)
+    if kind.format in CHECKED:
+        qemu_img("check", "-f", kind.format, image)
+    assert read_all(image, kind.format)[: len(model)] == model
+
+
+@each_kind
 def test_damaged_images_are_refused_or_read(kind: Kind, tmpfs: Path) -> None:
     """Whatever the bytes say, the answer is data or a BlockError: no hang, no crash, no bomb."""
     image, damaged = tmpfs / "image", tmpfs / "damaged"
@@ -164,8 +191,6 @@ def test_damaged_images_are_refused_or_read(kind: Kind, tmpfs: Path) -> None:
 def test_info_says_what_qemu_says(
     kind: Kind, tmpfs: Path, qemu_img: Oracle, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from blocklayer.cli.main import main
-
     image = tmpfs / "image"
     kind.create(image)
     theirs = qemu_img.json("info", "--output=json", "-f", kind.format, image)

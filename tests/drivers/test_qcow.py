@@ -269,3 +269,37 @@ def test_entries_that_name_nothing_are_errors(table: str, entry: int, tmpfs: Pat
                 request()
     # Space may have been taken at the end, and was not used.
     assert image.read_bytes().startswith(data)
+
+
+def test_each_request_may_fail_while_it_is_emptied() -> None:
+    """What is there is all of the old disk, or what is below it; never another cluster's."""
+
+    async def attempt(nth: int) -> bool:
+        disk = await new_disk(Kind("qcow", size=64 * KIB))
+        bench = await Bench.open(disk, format="qcow")
+        await bench.write(0, 64 * KIB, 1)
+        await bench.flush()
+        old = bench.model.visible()
+        driver = bench.root.node.driver
+        assert isinstance(driver, FormatDriver)
+        disk.fail(nth)
+        try:
+            await driver.make_empty()
+        except BlockError:
+            with pytest.raises(BlockError, match="refused"):
+                await bench.root.write(0, b"x")
+        failed = bool(disk.failures)
+        await bench.root.close()
+        disk.fail(0)
+        root = await take(disk, format="qcow")
+        assert await root.read(0, 64 * KIB) in (old, bytes(64 * KIB))
+        await root.close()
+        return failed
+
+    async def main() -> None:
+        nth = 1
+        while await attempt(nth):
+            nth += 1
+        assert nth > 2
+
+    run(main())

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from blocklayer.qmp.client import Client
+from cli.runs import Outcome, ours
 from oracles import HANG_TIMEOUT_S, require
 
 THEIRS = "qemu-storage-daemon"
@@ -39,8 +40,8 @@ class Daemon:
     def live(self, *arguments: object, code: int = 0, cwd: Path | None = None) -> str:
         """What ``blk live`` prints; its errors when it is to fail."""
         done = live(self.socket, *arguments, cwd=cwd)
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout if code == 0 else done.stderr
+        assert done.code == code, done.out + done.err
+        return done.out if code == 0 else done.err
 
     def result(self, *arguments: object) -> Any:
         """What ``blk live … --output=json`` prints."""
@@ -69,13 +70,9 @@ class Daemon:
         self.io(export, f"read -P {pattern} {offset} {length}", options=("-r",))
 
 
-def live(socket: object, *arguments: object, cwd: Path | None = None) -> Any:
+def live(socket: object, *arguments: object, cwd: Path | None = None) -> Outcome:
     """Run ``blk live SOCKET …``."""
-    command = [sys.executable, "-m", "blocklayer.cli.main", "live", str(socket)]
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        capture_output=True, text=True, check=False, timeout=HANG_TIMEOUT_S, cwd=cwd,
-    )  # fmt: skip
+    return ours(["live", str(socket), *map(str, arguments)], cwd or Path.cwd(), "blk")
 
 
 @contextmanager

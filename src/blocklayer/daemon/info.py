@@ -191,7 +191,7 @@ def _image(node: Node, below: NodeImageInfo | UnsetType) -> NodeImageInfo:
     return NodeImageInfo(
         filename=known.filename,
         format=known.format,
-        dirty_flag=bool(known.dirty_flag),
+        dirty_flag=given(known.dirty_flag),
         actual_size=given(known.actual_size),
         virtual_size=known.virtual_size,
         cluster_size=given(known.cluster_size),

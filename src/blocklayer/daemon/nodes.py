@@ -17,7 +17,7 @@ from blocklayer.graph.root import Root
 
 async def add(daemon: Daemon, options: Mapping[str, Any]) -> Node:
     """Open a node from ``blockdev-add`` options, children included; it is held by its name."""
-    if not options.get("node-name"):
+    if options.get("node-name") is None:
         raise UsageError("'node-name' must be specified for the root node")
     _refuse_internal(daemon, options)
     # What nobody says anything about is writable here, and discards as told.

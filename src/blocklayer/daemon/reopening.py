@@ -75,6 +75,8 @@ class _Plan:
         decoded.node_name = node.options.node_name
         _check_unchanged(node, decoded)
         decoded.active = node.active
+        if decoded.force_share is True and not node.wanted.force_share:
+            raise UsageError("Cannot change the option 'force-share'")
         flags = _flags(node, decoded, inherited)
         step = self.steps[node] = Reopen(node, flags, decoded)
         step.children = {}
@@ -105,7 +107,9 @@ class _Plan:
         self.add(edge.node, given, step.flags.inherited(edge.role))
 
     def _named_child(self, step: Reopen, name: str, edge: Child | None, given: str) -> None:
-        child = self._daemon.graph.find(given)
+        child = self._daemon.graph.nodes.get(given)
+        if child is None:
+            raise UsageError(f"Cannot find device='' nor node-name='{given}'")
         if edge is not None and edge.node is child:
             self._inherit(step, edge)
             return

@@ -46,6 +46,9 @@ DRIVERS: Final = {
     "commit_top": Entry(f"{_HERE}.job_filters:CommitTopDriver", internal=True),
     "copy-on-read": Entry(f"{_HERE}.copy_on_read:CopyOnReadDriver"),
     "copy-before-write": Entry(f"{_HERE}.copy_before_write:CopyBeforeWriteDriver"),
+    "throttle": Entry(f"{_HERE}.throttle:ThrottleDriver"),
+    "blkdebug": Entry(f"{_HERE}.blkdebug:BlkdebugDriver"),
+    "compress": Entry(f"{_HERE}.compress:CompressDriver"),
     "snapshot-access": Entry(f"{_HERE}.snapshot_access:SnapshotAccessDriver", protocol=True),
 }
 

@@ -59,7 +59,15 @@ class CopyBeforeWriteDriver(FilterDriver):
     discards_source = False
     """A job gives up, in the node that is shown, what it has saved."""
 
-    point: PointInTime
+    def __init__(self, node: Node) -> None:
+        super().__init__(node)
+        self._point: PointInTime | None = None
+
+    @property
+    def point(self) -> PointInTime:
+        """The point in time that is kept."""
+        assert self._point is not None
+        return self._point
 
     async def open(self) -> None:
         """Open both children; the point in time is now."""
@@ -78,7 +86,7 @@ class CopyBeforeWriteDriver(FilterDriver):
             point.want_only(bitmap)
         point.timeout_s = options.cbw_timeout
         point.breaks_itself = options.on_cbw_error == "break-snapshot"
-        self.point = point
+        self._point = point
 
     async def close(self) -> None:
         """Nothing may be left that uses the children."""
@@ -86,7 +94,8 @@ class CopyBeforeWriteDriver(FilterDriver):
 
     async def settle(self) -> None:
         """Wait for savings that nobody waits for any more."""
-        await self.point.settle()
+        if self._point is not None:
+            await self._point.settle()
 
     def child_permissions(self, child: Child, taken: int, shared: int) -> tuple[int, int]:
         """The target is written; what is shown is written by this filter's users only."""

@@ -28,7 +28,7 @@ _UNPACKERS: Final = {
 
 
 class DmgDriver(ReadOnlyFormatDriver):
-    """One image."""
+    """One UDIF image."""
 
     NAME: ClassVar[str] = "dmg"
     Options = FileOptions

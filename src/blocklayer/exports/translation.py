@@ -6,10 +6,10 @@ not allowed by it, takes the way through the graph.
 
 1. An entry is true as long as the node's ``generation`` stands; then all are dropped. So is the
    table when the root leads to another node.
-2. A write is served only where the graph would write the same bytes to the same place and nothing
-   else would happen: no watcher, no guard on the first sectors, no zero detection, no
-   write-through, every node on the way writable. What may change without a new generation is
-   looked at each time.
+2. A write is served only where the graph would write the same bytes to the same place, and nothing
+   else would happen: no guard on the first sectors, no zero detection, no write-through, every node
+   on the way writable. What may change without a new generation is looked at each time. Whoever
+   watches the node or its storage hears of the write, as ever.
 3. Nothing is served while the root is drained, nor what its storage cannot do without waiting.
 4. A request is served between two waits of the loop: nothing can change while it is.
 5. ``MAX_GRANULES`` are known at most.
@@ -112,17 +112,33 @@ class Translation:
             return False
         target = self._targets[(entry >> _TARGET_SHIFT) & _TARGETS]
         assert target is not None
+        watched = False
         for each in target.path:
             flags = each.flags
-            if (
-                each.watchers
-                or each.poisoned is not None
-                or flags.read_only
-                or flags.detect_zeroes != "off"
-            ):
+            if each.poisoned is not None or flags.read_only or flags.detect_zeroes != "off":
                 return False
+            if each.watchers:
+                watched = True
         place = (entry >> _PLACE_SHIFT) * _PLACE_UNIT + offset - (first << shift)
+        if watched:
+            return self._write_watched(target, offset, place, data)
         return target.driver.write_now(place, data)
+
+    def _write_watched(self, target: _Target, offset: int, place: int, data: Buffer) -> bool:
+        """Write, and tell those who watch: of a write that failed half way, too."""
+        path = target.path
+        if any(each.watchers for each in path[1:-1]):
+            # Their offsets are known to the graph only.
+            return False
+        done = True
+        try:
+            done = target.driver.write_now(place, data)
+        finally:
+            if done and path[-1].watchers:
+                path[-1].changed(place, len(data))
+            if done and len(path) > 1 and path[0].watchers:
+                path[0].changed(offset, len(data))
+        return done
 
     def _contiguous(self, first: int, last: int, entry: int) -> bool:
         """Whether the granules after ``first`` lie behind it, in the same place and as writable."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from blocklayer.graph.events import Event
     from blocklayer.graph.node import Node
     from blocklayer.graph.registry import Registry
-    from blocklayer.graph.root import Root
+    from blocklayer.graph.root import Drain, Root
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9.\-_]{0,30}\Z")
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9.\-_]*\Z")
@@ -51,6 +51,8 @@ class Graph:
         self.epochs = Epochs()
         self.changes = asyncio.Lock()
         """Held by who changes edges at run time (``graph.edit``)."""
+        self.drains: list[Drain] = []
+        """Drained sections under way; owned by ``graph.root``."""
         self.listeners: list[Callable[[Event], None]] = []
         self._unnamed = 0
 

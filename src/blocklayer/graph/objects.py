@@ -25,6 +25,7 @@ _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9.\-_]*\Z")
 
 TYPES: Final = {
     "secret": "blocklayer.graph.secret:Secret",
+    "throttle-group": "blocklayer.graph.throttling:ThrottleGroup",
     "tls-creds-x509": "blocklayer.graph.tls_credentials:TlsCredentials",
     "authz-simple": "blocklayer.graph.authorization:SimpleAuthorization",
     "authz-list": "blocklayer.graph.authorization:ListAuthorization",

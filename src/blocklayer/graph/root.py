@@ -56,6 +56,8 @@ class Root(Child):
         self._idle: asyncio.Event | None = None
         self.graph.add_edge(self)
         self.graph.roots.append(self)
+        for drain in self.graph.drains:
+            drain.meet(self)
 
     @property
     def user(self) -> str:
@@ -235,27 +237,50 @@ async def drained(graph: Graph, *nodes: Node) -> AsyncIterator[None]:
 
     Graph changes happen inside. Requests that come meanwhile wait and go on afterwards.
     """
-    above = _above(nodes or tuple(graph.nodes.values()))
-    drivers = [node.driver for node in above]
-    stopped: list[Root] = []
+    drain = Drain(graph, nodes)
+    graph.drains.append(drain)
+    drivers = [node.driver for node in _above(nodes or tuple(graph.nodes.values()))]
     for driver in drivers:
         driver.begin_drain()
     try:
-        affected = [root for root in graph.roots if root.node in above]
         # All doors first: what is still inside ends side by side.
-        for root in affected:
-            root.quiesce()
-            stopped.append(root)
-        for root in affected:
+        drain.stop()
+        for root in list(drain.stopped):
             await root.idle()
         for driver in drivers:
             await driver.settle()
         yield
     finally:
+        graph.drains.remove(drain)
         for driver in drivers:
             driver.end_drain()
-        for root in stopped:
+        for root in drain.stopped:
             root.resume()
+
+
+class Drain:
+    """One drained section: which roots it keeps closed. Roots made meanwhile are among them."""
+
+    def __init__(self, graph: Graph, nodes: tuple[Node, ...]) -> None:
+        self.graph = graph
+        self.nodes = nodes
+        self.stopped: list[Root] = []
+
+    def stop(self) -> None:
+        """Close the doors of all that are affected."""
+        above = _above(self.nodes) if self.nodes else None
+        for root in self.graph.roots:
+            if above is None or root.node in above:
+                self._close(root)
+
+    def meet(self, root: Root) -> None:
+        """``root`` is new."""
+        if not self.nodes or root.node in _above(self.nodes):
+            self._close(root)
+
+    def _close(self, root: Root) -> None:
+        root.quiesce()
+        self.stopped.append(root)
 
 
 async def passed_through(node: Node, apart_from: Node) -> None:

@@ -63,12 +63,16 @@ class Mirror(Job):
         self.source = source
         self.target = target
         self.filter_node = filter_node
+        # Without users between the pivot and the end: it stays all the same.
+        self._filter_hold = Root(filter_node, source.label, Permission.NONE, follows=False)
         self.options = options
         self.todo = DirtyBitmap(source.node, None, granularity_for(target.node, options))
         self._ranges = RangeCopier(source, target)
         self._background = Background(self, self._ranges, self.todo, options.policies)
         self._news = asyncio.Event()
         self._soft = False
+        self._write_blocking = options.copy_mode == "write-blocking"
+        self._marked = False
         self._pivoted: edit.Change | None = None
         source.node.watch(self.todo)
         source.node.watch(self)
@@ -99,19 +103,27 @@ class Mirror(Job):
         self.check_verb("change")
         if copy_mode != "write-blocking":
             raise UsageError("Change to copy mode 'background' is not implemented")
-        self._watch_writes()
+        self._write_blocking = True
+        if self._marked:
+            self._watch_writes()
 
     def _watch_writes(self) -> None:
+        self._mirror_top.watch(self._write_both)
+
+    @property
+    def _mirror_top(self) -> MirrorTopDriver:
         driver = self.filter_node.driver
         assert isinstance(driver, MirrorTopDriver)
-        driver.watch(self._write_both)
+        return driver
 
     async def run(self) -> None:
         """Copy until both sides are the same, then follow the source until told to end."""
-        if self.options.copy_mode == "write-blocking":
-            self._watch_writes()
         if self.options.everything:
             await self._mark_all()
+        # Not before: while all is being marked, what is clean need not be the same on both sides.
+        self._marked = True
+        if self._write_blocking:
+            self._watch_writes()
         self._background.update_total()
         while True:
             self._news.clear()
@@ -195,6 +207,8 @@ class Mirror(Job):
         async with edit.changing(self.graph):
             await self._background.finish()
             await io.flush(self.target.node)
+            # What is written from here on is no more of the copy's business.
+            self._mirror_top.watch(None)
             if not self._soft:
                 self._pivoted = await self.pivot()
 
@@ -222,7 +236,7 @@ class Mirror(Job):
         async with edit.changing(self.graph):
             edit.drop_filter(self.filter_node)
         self._ranges.close()
-        await self.graph.release(self.filter_node)
+        await self._filter_hold.close()
         await self.source.close()
         await self.target.close()
 

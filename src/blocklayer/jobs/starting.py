@@ -1,6 +1,7 @@
 """Putting jobs in place: what is checked, which filter goes where, what each side may do meanwhile.
 
-1. All is checked before anything changes; a job that cannot begin leaves the graph as it was (R7).
+1. All is checked before anything changes, and while nobody else changes the graph; a job that
+   cannot begin leaves the graph as it was (R7).
 2. A job's hold on a node does not follow when others move (``follows``), and edges that it relies
    on are frozen.
 """
@@ -91,17 +92,8 @@ async def start_mirror(
 
     ``backing``, ``node`` itself or a layer of it, is to show through ``target`` from now on.
     """
-    check_top(node)
-    check_free(node)
-    check_free(target)
-    granularity_for(target, options)
-    if target is node:
-        raise UsageError("Can't mirror node into itself")
-    if edit.reaches(node, target) or edit.reaches(target, node):
-        raise UsageError(f"'{target.name}' is part of what is to be mirrored")
-    if target.size != node.size:
-        raise UsageError("Source and target image have different sizes")
     async with edit.changing(node.graph):
+        _check_mirror(node, target, options)
         # A target that lies above the source has to let the source's users write to that.
         shared = int(Permission.ALL) if backing is node else UNCHANGED
         hold = Root(target, f"block job '{job['identifier']}'", WRITE, shared, follows=False)
@@ -118,9 +110,22 @@ async def start_mirror(
             raise
         source = Root(node, f"block job '{job['identifier']}'", READ, follows=False)
         mirror = Mirror(source, hold, filter_node, options, **job)
-        node.busy = target.busy = in_use(mirror.TYPE)
+        node.busy = target.busy = filter_node.busy = in_use(mirror.TYPE)
         group.add(mirror)
     return mirror
+
+
+def _check_mirror(node: Node, target: Node, options: MirrorOptions) -> None:
+    check_top(node)
+    check_free(node)
+    check_free(target)
+    granularity_for(target, options)
+    if target is node:
+        raise UsageError("Can't mirror node into itself")
+    if edit.reaches(node, target) or edit.reaches(target, node):
+        raise UsageError(f"'{target.name}' is part of what is to be mirrored")
+    if target.size != node.size:
+        raise UsageError("Source and target image have different sizes")
 
 
 async def start_active_commit(
@@ -133,13 +138,13 @@ async def start_active_commit(
     **job: Any,
 ) -> ActiveCommit:
     """Enter a commit of all layers from the active layer ``top`` down to above ``base``."""
-    check_top(top)
-    layers = top.chain()
-    for layer in layers[: layers.index(base) + 1]:
-        check_free(layer)
-    check_alone(top, base)
-    was_read_only = base.flags.read_only
     async with edit.changing(top.graph):
+        check_top(top)
+        layers = top.chain()
+        for layer in layers[: layers.index(base) + 1]:
+            check_free(layer)
+        check_alone(top, base)
+        was_read_only = base.flags.read_only
         await reopen.set_read_only(base, False)
         try:
             filter_node = await insert_filter(top, "mirror_top", filter_name, commits=True)
@@ -159,6 +164,7 @@ async def start_active_commit(
             raise
         source = Root(top, f"block job '{job['identifier']}'", READ, follows=False)
         commit = ActiveCommit(source, hold, filter_node, options, was_read_only, **job)
+        filter_node.busy = in_use(commit.TYPE)
         group.add(commit)
     return commit
 

@@ -22,7 +22,8 @@ from blocklayer.qmp.commands import COMMANDS
 from blocklayer.qmp.descriptors import DescriptorSets
 from blocklayer.qmp.errors import CommandError
 from blocklayer.qmp.events import EventHub
-from blocklayer.qmp.human import HUMAN_COMMANDS, HumanCommandTable
+from blocklayer.qmp.human import HumanCommandTable
+from blocklayer.qmp.human_commands import HUMAN_COMMANDS
 from blocklayer.qmp.human_monitor import HumanMonitor
 from blocklayer.qmp.monitor import Monitor
 from blocklayer.qmp.registry import CommandTable

@@ -49,6 +49,8 @@ from blocklayer.units import SECTOR, align_up
 KINDS: Final = frozenset(("read", "write", "zero", "discard", "truncate", "flush"))
 """The kinds of requests, as the log and ``fail`` name them."""
 
+LONGEST_REQUEST_S: Final = 0.01
+
 _TEARS = 4
 """Places at which ``states`` tears one write; a short write is torn at every sector."""
 
@@ -124,6 +126,8 @@ class CrashingDisk:
         self.name = f"crashing:{next(_numbers)}"
         self.concurrent = concurrent
         """Requests let others run before they take effect: order is then up to the loop."""
+        self.chance: random.Random | None = None
+        """Decides how long each request takes, if it is concurrent (``testing.simulation``)."""
         self.log: list[Event] = []
         self.requests = 0
         """Requests seen so far, of all kinds and including those that failed."""
@@ -193,8 +197,7 @@ class CrashingDisk:
                 event.ended = len(self.log)
             raise _error(fault, event.kind, event.offset, self.name)
         self.log.append(event)
-        if self.concurrent:
-            await asyncio.sleep(0)
+        await self._let_others_run()
         event.apply(self.pages)
         event.ended = len(self.log)
 
@@ -203,9 +206,12 @@ class CrashingDisk:
         fault = self.due("read")
         if fault is not None:
             raise _error(fault, "read", offset, self.name)
-        if self.concurrent:
-            await asyncio.sleep(0)
+        await self._let_others_run()
         self.pages.read_into(offset, view)
+
+    async def _let_others_run(self) -> None:
+        if self.concurrent:
+            await asyncio.sleep(self.chance.random() * LONGEST_REQUEST_S if self.chance else 0)
 
     def unsettled(self, position: int | None = None) -> list[int]:
         """Indices in ``log[:position]`` of the requests that a power failure there could undo."""

@@ -19,7 +19,7 @@ from blocklayer.cli.live.checkpoint import added, layers_with
 from blocklayer.cli.live.disks import Disk, Disks
 from blocklayer.cli.live.following import Job, JobVerb, job_id
 from blocklayer.cli.live.images import Images, file_options
-from blocklayer.cli.live.nbd import export_uri, server_address
+from blocklayer.cli.live.nbd import export_uri, legacy_address, server_address
 from blocklayer.cli.live.verb import absolute, pairs
 from blocklayer.cli.options import CommandLineError, Option
 from blocklayer.errors import BlockError, UsageError
@@ -206,7 +206,7 @@ class Begun:
         address = None
         if server is not None:
             address = server_address(server)
-            await self._client.execute("nbd-server-start", {"addr": address})
+            await self._client.execute("nbd-server-start", {"addr": legacy_address(address)})
             self._server_started = True
         for index, (backup, exported) in enumerate(self.disks):
             name = backup_name(backup.disk)

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 from blocklayer.cli.live.disks import Disk
 from blocklayer.cli.live.following import Job, JobVerb, job_id
 from blocklayer.cli.live.images import Images, drop_layers, file_options, remove_node
-from blocklayer.cli.live.nbd import nbd_options
-from blocklayer.cli.live.verb import DISK, Done, absolute, find_disk, is_uri
+from blocklayer.cli.live.nbd import is_uri, nbd_options
+from blocklayer.cli.live.verb import DISK, Done, absolute, find_disk
 from blocklayer.cli.options import CommandLineError, Option
 from blocklayer.errors import UsageError
 from blocklayer.qmp.client import Client

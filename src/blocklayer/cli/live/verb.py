@@ -57,13 +57,8 @@ async def find_disk(client: Client, name: str) -> Disk:
 
 
 def absolute(path: str) -> str:
-    """``path`` for a daemon whose current folder may be another; URIs stay as they are."""
-    return path if is_uri(path) else os.path.abspath(path)
-
-
-def is_uri(path: str) -> bool:
-    """Whether ``path`` names something on another machine or behind a socket."""
-    return path.startswith(("nbd:", "nbd+unix:", "nbds:", "nbds+unix:"))
+    """``path`` for a daemon whose current folder may be another."""
+    return os.path.abspath(path)
 
 
 def bandwidth(text: str | None, in_bytes: bool) -> int:

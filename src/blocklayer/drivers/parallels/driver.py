@@ -51,7 +51,7 @@ class ParallelsCreateOptions(BaseCreateOptions):
 
 
 class ParallelsDriver(BlockFormatDriver):
-    """One image."""
+    """One Parallels image."""
 
     NAME: ClassVar[str] = "parallels"
     Options = FileOptions

@@ -69,7 +69,7 @@ def _encode_name(name: str | None) -> bytes:
 
 
 class QcowDriver(BlockFormatDriver):
-    """One image."""
+    """One qcow image of version 1."""
 
     NAME: ClassVar[str] = "qcow"
     Options = QcowOptions
@@ -307,17 +307,20 @@ class QcowDriver(BlockFormatDriver):
     async def make_empty(self) -> None:
         """Drop everything but header and L1 table."""
         header, storage = self.header, self._storage
-        # Tables that are in memory only are dropped with the rest.
-        self._start(header.l1_end)
-        self._unpacker.forget()
-        await io.write_zeroes(
-            storage, header.l1_table_offset, header.l1_end - header.l1_table_offset
-        )
-        await io.flush(storage)
-        if storage.size > header.l1_end:
-            await io.truncate(storage, header.l1_end, shrink=True)
-        self._start(header.l1_end)
-        self.node.mapping_changed()
+        try:
+            length = header.l1_end - header.l1_table_offset
+            await io.write_zeroes(storage, header.l1_table_offset, length)
+            await io.flush(storage)
+            if storage.size > header.l1_end:
+                await io.truncate(storage, header.l1_end, shrink=True)
+        except BaseException:
+            self.node.poison("it may have been emptied or not: open it again")
+            raise
+        finally:
+            # Tables that are in memory only are dropped with the rest.
+            self._start(storage.size)
+            self._unpacker.forget()
+            self.node.mapping_changed()
 
     @classmethod
     async def create(cls, graph: Graph, target: Node, options: BaseCreateOptions) -> None:

@@ -40,8 +40,6 @@ class QedOptions(FileOptions):
 class QedCreateOptions(BaseCreateOptions):
     """``-o`` of ``qemu-img create -f qed``."""
 
-    BEFORE_SIZE: ClassVar[frozenset[str]] = frozenset()
-
     backing_file: Annotated[str | None, Meta(description="File name of a base image")] = None
     backing_fmt: Annotated[str | None, Meta(description="Image format of the base image")] = None
     cluster_size: Annotated[Size, Meta(description="Cluster size (in bytes)")] = (
@@ -123,7 +121,11 @@ class QedDriver(BlockFormatDriver):
             await self._write_header(replace(self.header, autoclear_features=0))
 
     async def _write_header(self, header: Header) -> None:
-        await io.write(self._storage, 0, header.pack())
+        try:
+            await io.write(self._storage, 0, header.pack())
+        except BaseException:
+            self.node.poison("its header may have changed or not: open it again")
+            raise
         self.header = header
 
     async def close(self) -> None:
