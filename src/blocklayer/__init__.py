@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         inspect,
         open,
         rebase,
+        serve,
         stream,
     )
     from blocklayer.errors import BlockError, CancelledError
@@ -51,6 +52,7 @@ __all__ = [
     "inspect",
     "open",
     "rebase",
+    "serve",
     "set_default_policy",
     "stream",
 ]
@@ -70,6 +72,7 @@ _HOMES = {
     "inspect": "blocklayer.api.sync",
     "open": "blocklayer.api.sync",
     "rebase": "blocklayer.api.sync",
+    "serve": "blocklayer.api.sync",
     "set_default_policy": "blocklayer.graph.gate",
     "stream": "blocklayer.api.sync",
 }

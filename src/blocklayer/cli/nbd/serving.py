@@ -72,7 +72,8 @@ async def serve(command: Nbd, ready: int | None) -> int:
             allocation_depth=command.allocation_depth,
         )
     except BaseException:
-        await graph.release(node)
+        for each in list(graph.nodes.values()):
+            await graph.release(each)
         raise
     await _serve_export(command, export, tls, ready)
     return 0
