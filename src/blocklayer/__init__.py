@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         inspect,
         open,
         rebase,
+        serve,
         stream,
     )
     from blocklayer.daemon.program import Daemon
@@ -53,6 +54,7 @@ __all__ = [
     "inspect",
     "open",
     "rebase",
+    "serve",
     "set_default_policy",
     "stream",
 ]
@@ -73,6 +75,7 @@ _HOMES = {
     "inspect": "blocklayer.api.sync",
     "open": "blocklayer.api.sync",
     "rebase": "blocklayer.api.sync",
+    "serve": "blocklayer.api.sync",
     "set_default_policy": "blocklayer.graph.gate",
     "stream": "blocklayer.api.sync",
 }

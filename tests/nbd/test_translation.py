@@ -120,6 +120,7 @@ def test_on_and_off_are_the_same(
             clients = [await Client.connect(stage.path, mode=mode) for mode in Mode]
             for _ in range(3):
                 await clients[0].do(Command.WRITE, 0, payload=b"w" * 65536)
+                await clients[0].do(Command.READ, 0, 4096)
             story.model[:65536] = b"w" * 65536
             for _ in range(12):
                 for _ in range(12):

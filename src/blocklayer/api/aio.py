@@ -11,6 +11,7 @@ from blocklayer.api.compare import compare
 from blocklayer.api.convert import convert
 from blocklayer.api.disk import Disk, clone, create, inspect, stream
 from blocklayer.api.rebase import rebase
+from blocklayer.api.serving import serve
 
 __all__ = [
     "Disk",
@@ -21,5 +22,6 @@ __all__ = [
     "create",
     "inspect",
     "rebase",
+    "serve",
     "stream",
 ]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from blocklayer.api.info import ImageInfo
     from blocklayer.api.inspection.report import Inspection
     from blocklayer.api.results import Committed, Compared, Converted, Rebased
+    from blocklayer.api.serving import Server
     from blocklayer.api.stream import Stream as AsyncStream
     from blocklayer.graph.driver import Measurement
 
@@ -311,3 +312,14 @@ def compare(
     from blocklayer.api.compare import compare
 
     return run_long(compare(one, other, **options), cancel)
+
+
+def serve(image: aio.Image, uri: str, **options: Any) -> Server:
+    """Serve ``image`` by NBD at ``uri`` until the server is closed; see ``blocklayer.aio.serve``.
+
+    >>> with blocklayer.serve("disk.qcow2", "nbd+unix:///?socket=/tmp/disk.sock") as server:
+    ...     subprocess.run(["nbdinfo", server.uri])
+    """
+    from blocklayer.api.serving import Server
+
+    return Server(image, uri, **options)

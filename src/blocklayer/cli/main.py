@@ -41,6 +41,11 @@ GROUPS: Final = {
         "blocklayer.cli.live",
         "Snapshot, commit, copy, back up disks of a running daemon (like virsh)",
     ),
+    "nbd": (
+        "qemu-nbd",
+        "blocklayer.cli.nbd.main:Nbd",
+        "Serve an image by NBD (like qemu-nbd)",
+    ),
     "shell": (
         "qmp-shell",
         "blocklayer.cli.shell.main:Shell",

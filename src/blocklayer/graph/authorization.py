@@ -22,7 +22,7 @@ class Authorization(UserObject):
 
     def allows(self, name: str) -> bool:
         """Whether the owner of ``name`` may."""
-        raise NotImplementedError
+        raise AssertionError(type(self).__name__)
 
 
 class SimpleProperties(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, kw_only=True):

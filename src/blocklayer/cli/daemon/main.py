@@ -10,15 +10,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
+from blocklayer.cli.background import PidFile, detach, in_background
 from blocklayer.cli.daemon import setting_up
 from blocklayer.cli.options import Command, CommandLineError, Option
-from blocklayer.errors import StorageError
 
 if TYPE_CHECKING:
     pass
@@ -113,34 +113,12 @@ class Daemon(Command):
         """Serve until told to end."""
         if self.operands:
             raise CommandLineError(f"Unexpected argument: {self.operands[0]}")
-        return _in_background(self) if self.daemonize else _in_loop(self)
+        return in_background(partial(_in_loop, self)) if self.daemonize else _in_loop(self)
 
 
 def _in_loop(command: Daemon, ready: int | None = None) -> int:
     with asyncio.Runner() as runner:
         return runner.run(_serve(command, ready))
-
-
-def _in_background(command: Daemon) -> int:
-    """Serve in another process; this one ends when that is ready."""
-    ours, theirs = os.pipe()
-    if os.fork():
-        os.close(theirs)
-        # Nothing comes when it failed; what was wrong is said already.
-        return 0 if os.read(ours, 1) else 1
-    os.close(ours)
-    os.setsid()
-    return _in_loop(command, theirs)
-
-
-def _detach(ready: int) -> None:
-    """Everything is set up: tell the first process, and let go of the terminal."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):
-        os.dup2(null, standard)
-    os.close(null)
-    os.write(ready, b"1")
-    os.close(ready)
 
 
 async def _serve(command: Daemon, ready: int | None) -> int:
@@ -154,10 +132,10 @@ async def _serve(command: Daemon, ready: int | None) -> int:
             loop.add_signal_handler(number, server.quit)
         try:
             await setting_up.set_up(server, command.uses)
-            pid = _PidFile(command.pidfile) if command.pidfile is not None else None
+            pid = PidFile(command.pidfile) if command.pidfile is not None else None
             try:
                 if ready is not None:
-                    _detach(ready)
+                    detach(ready)
                 await server.stopping.wait()
             finally:
                 if pid is not None:
@@ -165,28 +143,3 @@ async def _serve(command: Daemon, ready: int | None) -> int:
         finally:
             await server.close()
     return 0
-
-
-class _PidFile:
-    """A file with our process id, locked as long as we live."""
-
-    def __init__(self, path: str) -> None:
-        import fcntl
-
-        self._path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise StorageError.from_os(error, f"cannot create PID file '{path}'", path) from None
-        try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(self._descriptor, 0)
-            os.write(self._descriptor, b"%d\n" % os.getpid())
-        except OSError as error:
-            os.close(self._descriptor)
-            raise StorageError.from_os(error, f"cannot create PID file '{path}'", path) from None
-
-    def remove(self) -> None:
-        """We end."""
-        os.unlink(self._path)
-        os.close(self._descriptor)

@@ -20,8 +20,15 @@ from collections.abc import Sequence
 from blocklayer import net
 from blocklayer.codec.addresses import AnyAddress
 from blocklayer.codec.nbd import messages
-from blocklayer.codec.nbd.client import ClientState, Connecting, Negotiated
+from blocklayer.codec.nbd.client import (
+    ClientHandshake,
+    ClientState,
+    Connecting,
+    Listing,
+    Negotiated,
+)
 from blocklayer.codec.nbd.constants import Chunk, Command, Mode
+from blocklayer.codec.nbd.records import Offer
 from blocklayer.errors import BlockError, ProtocolError, StorageError
 from blocklayer.graph.driver import Buffer
 
@@ -300,10 +307,32 @@ async def connect(
     mode: Mode = Mode.EXTENDED,
 ) -> Connection:
     """Connect, and agree with the server on ``export``. Raises StorageError or ProtocolError."""
+    handshake = Connecting(export, mode=mode, contexts=contexts, tls=tls is not None)
+    sock = await _negotiate(address, handshake, tls, hostname)
+    assert handshake.result is not None
+    return Connection(sock, handshake.result, handshake.rest)
+
+
+async def list_exports(
+    address: AnyAddress, *, tls: ssl.SSLContext | None = None, hostname: str | None = None
+) -> tuple[list[Offer], Mode]:
+    """All that a server offers, and how it would talk. Raises as ``connect`` does."""
+    handshake = Listing(tls=tls is not None)
+    sock = await _negotiate(address, handshake, tls, hostname)
+    sock.close()
+    return handshake.result, handshake.mode
+
+
+async def _negotiate(
+    address: AnyAddress,
+    handshake: ClientHandshake,
+    tls: ssl.SSLContext | None,
+    hostname: str | None,
+) -> socket.socket:
+    """Connect, and carry the handshake to its end."""
     loop = asyncio.get_running_loop()
     sock = await net.connect(address)
     try:
-        handshake = Connecting(export, mode=mode, contexts=contexts, tls=tls is not None)
         while handshake.state is not ClientState.DONE:
             if handshake.state is ClientState.TLS:
                 assert tls is not None
@@ -314,8 +343,7 @@ async def connect(
             if not data:
                 raise StorageError("The NBD server closed the connection early", errno.EIO)
             await _send_all(sock, handshake.receive(data))
-        assert handshake.result is not None
-        return Connection(sock, handshake.result, handshake.rest)
+        return sock
     except OSError as error:
         sock.close()
         raise _trouble(error, f"Talking to the NBD server at '{address}'") from error

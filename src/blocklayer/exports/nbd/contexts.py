@@ -41,7 +41,7 @@ class Context:
         self, node: Node, offset: int, length: int, *, limit: int, wide: bool
     ) -> Extents:
         """Up to ``limit`` extents from ``offset`` on. ``wide``: lengths of 64 bits are fine."""
-        raise NotImplementedError
+        raise AssertionError(type(self).__name__)
 
     def close(self) -> None:
         """The export is gone."""
@@ -72,7 +72,7 @@ class _StatusContext(Context):
 
     def flags(self, run: Run) -> int:
         """What it says of ``run``."""
-        raise NotImplementedError
+        raise AssertionError(type(self).__name__)
 
     async def extents(
         self, node: Node, offset: int, length: int, *, limit: int, wide: bool

@@ -59,19 +59,19 @@ class Wire:
 
     def send(self, buffers: list[Buffer]) -> None:
         """Queue ``buffers``; they must not change any more. ``flush`` sends them."""
-        raise NotImplementedError
+        raise AssertionError(type(self).__name__)
 
     def flush(self) -> None:
         """Send as much as can be sent now."""
-        raise NotImplementedError
+        raise AssertionError(type(self).__name__)
 
     def wake(self) -> None:
         """The taker may want more again."""
-        raise NotImplementedError
+        raise AssertionError(type(self).__name__)
 
     def close(self) -> None:
         """End the connection at once; what is pending is lost."""
-        raise NotImplementedError
+        raise AssertionError(type(self).__name__)
 
     def _feed(self, view: memoryview) -> None:
         """Show ``view`` (what was kept, and what is new) to the taker; keep the rest."""

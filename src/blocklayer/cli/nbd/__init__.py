@@ -1,0 +1,1 @@
+"""`blk nbd`: an image served by NBD, as a program."""
