@@ -25,17 +25,19 @@ EMULATOR_ONLY = {
     "human-monitor-command", "DEVICE_TRAY_MOVED", "DEVICE_DELETED", "STOP", "RESUME",
     "device_add", "device_del", "eject", "blockdev-open-tray", "blockdev-close-tray",
     "blockdev-remove-medium", "blockdev-insert-medium", "blockdev-change-medium",
-    "query-status", "stop", "cont",
+    "query-status", "stop", "cont", "snapshot-save", "snapshot-load", "snapshot-delete",
 }  # fmt: skip
 NOT_BUILT = {"telnet", "tn3270", "websocket", "tls-creds", "tls-authz"}
 """Members of ours that real ones have: what a client gets is that they are unexpected."""
 SINCE_LATER = {
     "keep-alive-count", "keep-alive-idle", "keep-alive-interval", "children", "on-cbw-error",
 }  # fmt: skip
-TAKES_OPTIONS = {"blockdev-add", "blockdev-reopen", "object-add"}
+TAKES_OPTIONS = {
+    "blockdev-add", "blockdev-reopen", "object-add", "blockdev-create", "x-blockdev-amend",
+}  # fmt: skip
 """Their unions are those of what is built; drivers' options are looked at below."""
-UNTYPED = ("format-specific.[1]", "driver-specific.[1]")
-"""What drivers have to say of themselves is shown as it is."""
+UNTYPED = ("format-specific.[1]", "driver-specific.[1]", "actively-synced")
+"""What drivers, and some jobs, have to say of themselves is shown as it is."""
 
 OURS = (
     ".driver.[1]: not accepted by the real one: {'memory'}",

@@ -13,6 +13,7 @@ from msgspec import UNSET, UnsetType
 
 from blocklayer.daemon.daemon import Daemon
 from blocklayer.errors import UsageError
+from blocklayer.graph.events import JobStatus, JobType
 from blocklayer.jobs.job import Job
 from blocklayer.jobs.mirror import Mirror
 
@@ -29,8 +30,8 @@ class JobInfo(msgspec.Struct, rename="kebab", kw_only=True):
     """One job, as ``query-jobs`` shows it; progress counts bytes, or what else the job counts."""
 
     id: str
-    type: str
-    status: str
+    type: JobType
+    status: JobStatus
     current_progress: int
     total_progress: int
     error: str | UnsetType = UNSET
@@ -39,16 +40,16 @@ class JobInfo(msgspec.Struct, rename="kebab", kw_only=True):
 class BlockJobInfo(msgspec.Struct, rename="kebab", kw_only=True):
     """One block job, as ``query-block-jobs`` shows it; ``speed`` in bytes per second."""
 
-    type: str
+    type: JobType
     device: str
     len: int
     offset: int
     busy: bool
     paused: bool
     speed: int
-    io_status: str
+    io_status: Literal["ok", "failed", "nospace"]
     ready: bool
-    status: str
+    status: JobStatus
     auto_finalize: bool
     auto_dismiss: bool
     error: str | UnsetType = UNSET

@@ -57,7 +57,9 @@ def _declare(driver: type[Driver]) -> type[msgspec.Struct]:
             if dot:
                 # Its members are looked at when the job decodes them.
                 name, kind = group, dict[str, Any]
-            optional = (kind | msgspec.UnsetType, msgspec.UNSET)
+            optional = (
+                (kind, None) if field.default is None else (kind | msgspec.UnsetType, msgspec.UNSET)
+            )
             fields[name] = (name, kind) if name == "size" else (name, *optional)
     return msgspec.defstruct(
         f"BlockdevCreateOptions{driver.NAME.title()}",

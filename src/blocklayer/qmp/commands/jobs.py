@@ -69,7 +69,11 @@ class _Driver(msgspec.Struct):
 
 
 def _creations() -> dict[str, type[msgspec.Struct]]:
-    return {name: making.create_options(REGISTRY, name) for name in REGISTRY.table}
+    return {
+        name: making.create_options(REGISTRY, name)
+        for name, entry in REGISTRY.table.items()
+        if not entry.internal
+    }
 
 
 _CREATION: Final = Variants(
@@ -230,31 +234,31 @@ async def block_job_cancel(monitor: Monitor, arguments: BlockJobCancel) -> None:
     job_control.block_job_cancel(monitor.server.daemon, arguments.device, force=arguments.force)
 
 
-@COMMANDS.command("block-job-pause", features=("deprecated",))
+@COMMANDS.command("block-job-pause")
 async def block_job_pause(monitor: Monitor, arguments: JobDevice) -> None:
     """Let a block job stand still."""
     job_control.find_block_job(monitor.server.daemon, arguments.device).pause()
 
 
-@COMMANDS.command("block-job-resume", features=("deprecated",))
+@COMMANDS.command("block-job-resume")
 async def block_job_resume(monitor: Monitor, arguments: JobDevice) -> None:
     """Let a paused block job go on."""
     job_control.find_block_job(monitor.server.daemon, arguments.device).resume()
 
 
-@COMMANDS.command("block-job-complete", features=("deprecated",))
+@COMMANDS.command("block-job-complete")
 async def block_job_complete(monitor: Monitor, arguments: JobDevice) -> None:
     """Let a ready block job end, with its full effect."""
     job_control.find_block_job(monitor.server.daemon, arguments.device).complete()
 
 
-@COMMANDS.command("block-job-finalize", features=("deprecated",))
+@COMMANDS.command("block-job-finalize")
 async def block_job_finalize(monitor: Monitor, arguments: JobId) -> None:
     """Let a pending block job take effect."""
     await job_control.find_block_job(monitor.server.daemon, arguments.id).finalize()
 
 
-@COMMANDS.command("block-job-dismiss", features=("deprecated",))
+@COMMANDS.command("block-job-dismiss")
 async def block_job_dismiss(monitor: Monitor, arguments: JobId) -> None:
     """Forget a concluded block job."""
     job_control.find_block_job(monitor.server.daemon, arguments.id).dismiss()
