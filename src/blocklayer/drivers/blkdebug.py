@@ -1,7 +1,8 @@
 """`blkdebug`: a filter that makes requests fail, so that it can be seen what then happens.
 
 A rule of ``inject-error`` is armed from the start (event ``none``) or by its event, and fails the
-requests that it matches; ``set-state`` lets events change a number that rules can ask for.
+requests that it matches; ``set-state`` lets events change a number, which is asked for when an
+event is to arm a rule.
 
 1. A request that is made to fail has no effect on the child.
 2. Only the events declared here exist: those that requests to the filter itself are.
@@ -116,7 +117,7 @@ class BlkdebugDriver(FilterDriver):
         for event in _BEFORE[operation]:
             self._happens(event)
         for rule in self._armed:
-            if rule.state in (0, self._state) and _matches(rule, operation, offset, length):
+            if _matches(rule, operation, offset, length):
                 if rule.once:
                     self._armed.remove(rule)
                 raise StorageError(

@@ -90,12 +90,12 @@ class CopyBeforeWriteDriver(FilterDriver):
 
     async def close(self) -> None:
         """Nothing may be left that uses the children."""
-        await self.point.settle()
+        await self.point.come_to_rest()
 
-    async def settle(self) -> None:
+    async def come_to_rest(self) -> None:
         """Wait for savings that nobody waits for any more."""
         if self._point is not None:
-            await self._point.settle()
+            await self._point.come_to_rest()
 
     def child_permissions(self, child: Child, taken: int, shared: int) -> tuple[int, int]:
         """The target is written; what is shown is written by this filter's users only."""

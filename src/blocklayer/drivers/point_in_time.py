@@ -151,7 +151,7 @@ class PointInTime:
             raise StorageError(f"it took longer than {self.timeout_s} s", errno.ETIMEDOUT)
         task.result()
 
-    async def settle(self) -> None:
+    async def come_to_rest(self) -> None:
         """Wait until nothing is being saved that nobody waits for any more."""
         while self._saving:
             await asyncio.wait(self._saving)

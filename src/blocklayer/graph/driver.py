@@ -172,8 +172,11 @@ class Driver:
     def end_drain(self) -> None:
         """Undo one ``begin_drain``."""
 
-    async def settle(self) -> None:
-        """Wait until nothing is going on that outlived the request it was begun for; drained."""
+    async def come_to_rest(self) -> None:
+        """Wait until nothing is going on that outlived the request it was begun for; drained.
+
+        Never fails.
+        """
 
     async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
         """Make the range read as zeros without writing it; ``unmap`` allows freeing the space.

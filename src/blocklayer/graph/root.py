@@ -248,7 +248,7 @@ async def drained(graph: Graph, *nodes: Node) -> AsyncIterator[None]:
         for root in list(drain.stopped):
             await root.idle()
         for driver in drivers:
-            await driver.settle()
+            await driver.come_to_rest()
         yield
     finally:
         graph.drains.remove(drain)
