@@ -239,7 +239,9 @@ async def drained(graph: Graph, *nodes: Node) -> AsyncIterator[None]:
     """
     drain = Drain(graph, nodes)
     graph.drains.append(drain)
-    drivers = [node.driver for node in _above(nodes or tuple(graph.nodes.values()))]
+    above = _above(nodes or tuple(graph.nodes.values()))
+    # In one order always: what a seed did, it does again.
+    drivers = [node.driver for node in graph.nodes.values() if node in above]
     for driver in drivers:
         driver.begin_drain()
     try:

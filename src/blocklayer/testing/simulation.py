@@ -6,7 +6,7 @@ Together with ``CrashingDisk`` (``concurrent``, ``chance``) a seed decides how l
 takes, and so in which order they end; the same seed gives the same run.
 
 1. Time passes only when nothing can run, and then at once: sleeping costs nothing.
-2. When nothing can run and nothing ever will, ``DeadlockError`` is raised, and says who waits where.
+2. When nothing can run and nothing ever will, ``DeadlockError`` says who waits where.
 3. There are no threads: what would run in one runs at once, on the loop.
 """
 

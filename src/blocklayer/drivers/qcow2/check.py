@@ -48,7 +48,7 @@ async def check(driver: Qcow2Driver, repair: frozenset[str]) -> CheckResult:
     if repair:
         driver.node.check_writable()
     if not driver.node.read_only and driver.node.poisoned is None:
-        await driver.settle()
+        await driver.flush_all()
     image = await _open(Storage(driver.node.children["file"]), repair)
     try:
         await _pass(image, driver)

@@ -330,7 +330,7 @@ class Qcow2Driver(Qcow2Maker, BitmapKeeper):
         """Write back metadata and make everything durable, in order."""
         await self._write_back(flushing.flush)
 
-    async def settle(self) -> None:
+    async def flush_all(self) -> None:
         """Like ``flush``, and the file's refcounts are right even if they are lazy."""
         await self._write_back(flushing.settle)
 
