@@ -139,11 +139,14 @@ def _detach(ready: int) -> None:
     for standard in (0, 1, 2):
         os.dup2(null, standard)
     os.close(null)
+    os.chdir("/")
     os.write(ready, b"1")
     os.close(ready)
 
 
 async def _serve(command: Daemon, ready: int | None) -> int:
+    # Declares its command of the human monitor.
+    from blocklayer.cli.daemon import disk_io  # noqa: F401
     from blocklayer.daemon.daemon import Daemon as LiveDaemon
     from blocklayer.qmp.server import Server
 
