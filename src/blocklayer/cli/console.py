@@ -13,6 +13,9 @@ import errno
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import msgspec
 
@@ -32,8 +35,26 @@ class OutputError(StorageError):
     """Standard output takes no more (its disk is full)."""
 
 
+_captured: ContextVar[list[str] | None] = ContextVar("captured", default=None)
+
+
+@contextmanager
+def captured() -> Iterator[list[str]]:
+    """What this task, and those it starts, say meanwhile; none of it is put out."""
+    said: list[str] = []
+    token = _captured.set(said)
+    try:
+        yield said
+    finally:
+        _captured.reset(token)
+
+
 def write(text: str) -> None:
     """Put ``text`` on standard output as it is. Raises OutputError, or BrokenPipeError."""
+    kept = _captured.get()
+    if kept is not None:
+        kept.append(text)
+        return
     if sys.stdout is None:
         raise OutputError("standard output is closed", errno.EBADF)
     try:
@@ -76,7 +97,10 @@ def warning(message: str) -> None:
 def complain(line: str) -> None:
     """A line on standard error, after all results so far."""
     flush()
-    if sys.stderr is not None:
+    kept = _captured.get()
+    if kept is not None:
+        kept.append(line + "\n")
+    elif sys.stderr is not None:
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 

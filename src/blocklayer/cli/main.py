@@ -279,11 +279,11 @@ def _run_command(place: str, called: str, arguments: list[str]) -> int:
     command_class = load_command(place)
     try:
         command = parse(command_class, arguments, called)
-        _import("blocklayer.cli.objects").define(command.object)
         _answer_progress_signal()
         code = command.run_alone()
         if code is not None:
             return code
+        _import("blocklayer.cli.objects").define(command.object)
         if command.writes:
             return _run_as_task(command)
         return _run_in_place(command)

@@ -122,6 +122,8 @@ def _in_loop(command: Daemon, ready: int | None = None) -> int:
 
 
 async def _serve(command: Daemon, ready: int | None) -> int:
+    # Declares its command of the human monitor.
+    from blocklayer.cli.daemon import disk_io  # noqa: F401
     from blocklayer.daemon.daemon import Daemon as LiveDaemon
     from blocklayer.qmp.server import Server
 
