@@ -168,6 +168,23 @@ def test_backups(tmp_path: Path) -> None:
     play(tmp_path, scene)
 
 
+@pytest.mark.parametrize("sync", ["incremental", "bitmap"])
+def test_zeros_are_part_of_an_increment(tmp_path: Path, sync: str) -> None:
+    async def scene(daemon: blocklayer.Daemon, guest: Guest, folder: Path) -> None:
+        disk = daemon.disk("disk0")
+        await disk.write(0, b"x" * (256 << 10))
+        await daemon.backup("disk0", folder / "full.qcow2", checkpoint="c1")
+        await disk.write_zeroes(0, 64 << 10)
+        await disk.write_zeroes(64 << 10, 64 << 10, unmap=True)
+        await disk.write(128 << 10, bytes(64 << 10))
+        saved = folder / "inc.qcow2"
+        await daemon.backup("disk0", saved, sync=sync, bitmap="c1")  # type: ignore[arg-type]
+        await aio.rebase(saved, str(folder / "full.qcow2"), backing_format="qcow2", unsafe=True)
+        assert await content(saved) == await disk.read(0, SIZE)
+
+    play(tmp_path, scene)
+
+
 def test_a_job_whose_waiter_is_cancelled_is_called_off(tmp_path: Path) -> None:
     async def scene(daemon: blocklayer.Daemon, guest: Guest, folder: Path) -> None:
         async with writing(guest):

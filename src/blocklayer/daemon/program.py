@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -181,11 +181,13 @@ class Daemon(core.Daemon):
         write_blocking: bool = False,
         speed: int = 0,
         progress: Report | None = None,
+        when_ready: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """Copy the disk to ``target`` (a file, or an NBD URI) until both are the same.
 
-        Then ``pivot`` makes the target the disk; without it, it is a copy of that moment. A file is
-        made unless ``reuse``. ``write_blocking`` stores each write in both at once.
+        Then, after ``when_ready`` was awaited, ``pivot`` makes the target the disk; without it, it
+        is a copy of that moment. A file is made unless ``reuse``. ``write_blocking`` stores each
+        write in both at once.
         """
         from blocklayer.daemon.mirrors import DriveMirror, drive_mirror
 
@@ -197,7 +199,7 @@ class Daemon(core.Daemon):
             mode="existing" if existing else "absolute-paths",
             copy_mode="write-blocking" if write_blocking else "background",
         )  # fmt: skip
-        await self._finish(await drive_mirror(self, arguments), pivot, progress)
+        await self._finish(await drive_mirror(self, arguments), pivot, progress, when_ready)
 
     async def backup(
         self,
@@ -206,6 +208,7 @@ class Daemon(core.Daemon):
         *,
         sync: Literal["full", "top", "none", "incremental", "bitmap"] = "full",
         bitmap: str | None = None,
+        checkpoint: str | None = None,
         format: str | None = None,
         reuse: bool = False,
         compress: bool = False,
@@ -215,15 +218,24 @@ class Daemon(core.Daemon):
         """Copy the disk as it is now to ``target``, while it goes on changing.
 
         With ``incremental`` what ``bitmap`` has recorded; it starts anew when the backup is there.
+        ``checkpoint`` names a new bitmap that records from the backup's instant on.
         """
-        from blocklayer.daemon.backups import DriveBackup, drive_backup
+        from blocklayer.daemon.backups import DriveBackup
+        from blocklayer.daemon.bitmaps import BlockDirtyBitmapAdd
+        from blocklayer.daemon.transactions import transaction
 
         arguments = DriveBackup(
             job_id=f"backup-{disk}", device=self._node(disk).name, target=os.fspath(target),
             sync=sync, bitmap=bitmap, format=format, compress=compress, speed=speed,
             mode="existing" if reuse else "absolute-paths", auto_dismiss=False,
         )  # fmt: skip
-        await drive_backup(self, arguments)
+        actions: list[tuple[str, Any]] = [("drive-backup", arguments)]
+        if checkpoint is not None:
+            node = self._node(disk)
+            kept = node.chain()[0].driver.NAME == "qcow2"
+            added = BlockDirtyBitmapAdd(node=node.name, name=checkpoint, persistent=kept)
+            actions.append(("block-dirty-bitmap-add", added))
+        await transaction(self, actions)
         job = self.jobs.find(f"backup-{disk}")
         assert job is not None, "only dismissed by us"
         try:
@@ -278,7 +290,13 @@ class Daemon(core.Daemon):
             number += 1
         return name
 
-    async def _finish(self, job: Job, pivot: bool, report: Report | None) -> None:
+    async def _finish(
+        self,
+        job: Job,
+        pivot: bool,
+        report: Report | None,
+        when_ready: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         """Wait for the job's end, completing it when it is ready; raises its error."""
         meter = Meter(report) if report is not None else None
         news = asyncio.Event()
@@ -295,6 +313,8 @@ class Daemon(core.Daemon):
                     meter.update(job.done, job.total)
                 if job.ready and not told:
                     told = True
+                    if when_ready is not None:
+                        await when_ready()
                     if pivot:
                         job.complete()
                     else:

@@ -86,6 +86,8 @@ class Backup(Job):
             compress=options.compress,
             workers=min(options.max_workers, DEFAULT_WORKERS),
             claims=self.point.claims,
+            # What holds a part of the disk goes above something else later: its zeros must be said.
+            look_for_zeros=options.sync == "full",
         )
         self._background = Background(
             self, self._ranges, self.point.todo, options.policies,

@@ -67,7 +67,9 @@ class Mirror(Job):
         self._filter_hold = Root(filter_node, source.label, Permission.NONE, follows=False)
         self.options = options
         self.todo = DirtyBitmap(source.node, None, granularity_for(target.node, options))
-        self._ranges = RangeCopier(source, target)
+        # A copy of a part of the disk goes above something else later: its zeros must be said.
+        whole = options.everything and options.base in (None, target.node)
+        self._ranges = RangeCopier(source, target, look_for_zeros=whole)
         self._background = Background(self, self._ranges, self.todo, options.policies)
         self._news = asyncio.Event()
         self._soft = False

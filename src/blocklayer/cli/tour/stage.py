@@ -48,7 +48,7 @@ class Stage:
 
     def blk(self, command: str, *, show: bool = True, limit: int = 12) -> None:
         """Run ``blk COMMAND``; show it and the first lines it prints."""
-        print(f"   {self._styled('$ blk ' + command, '36')}")
+        self.command(f"blk {command}")
         done = self._run(sys.executable, "-m", "blocklayer.cli.main", *shlex.split(command))
         lines = done.stdout.splitlines()
         for line in lines[:limit] if show else []:
@@ -66,9 +66,19 @@ class Stage:
         if not quiet:
             print(f"   {self._styled('✓', '32')} {what}")
 
-    def chain(self, *layers: str) -> None:
-        """Draw the chain as the talk does: base on the left, the active layer on the right."""
+    def command(self, line: str) -> None:
+        """Show a command that does what happens next."""
+        print(f"   {self._styled('$ ' + line, '36')}")
+
+    def chain(self, *layers: str, user: str | None = None) -> None:
+        """Draw the chain as the talk does: base on the left, the active layer on the right.
+
+        ``user`` is what writes to the active layer meanwhile.
+        """
         drawn = " <── ".join(f"[{layer}]" for layer in layers)
+        if user is not None:
+            print(f"       {self._styled(drawn, '33')} <══ {user}")
+            return
         print(f"\n       {self._styled(drawn, '33')}  (active)\n")
 
     async def digest(self, image: str) -> str:

@@ -12,10 +12,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Annotated
 
 import blocklayer
 from blocklayer.api.disk import Disk
-from blocklayer.cli.options import Command, CommandLineError
+from blocklayer.cli.options import Command, CommandLineError, Option
 from blocklayer.cli.tour.stage import Stage, TourError
 from blocklayer.units import KIB, MIB, format_size
 
@@ -24,12 +25,21 @@ _DIARY_SIZE = 16 * MIB
 
 
 class Tour(Command):
-    """Build a chain of disk images and play with it, checking every step"""
+    """Play with disk images and with disks in use, checking every step
+
+    First a chain of images that nobody uses: commit, rebase, convert. Then a live daemon and a
+    guest that never stops writing: snapshots, commit, stream, mirrors, backups, and a disk that
+    moves to another daemon.
+    """
 
     OPERANDS = (("[FOLDER]", "where to put the tour's disks (default: the temporary folder)"),)
 
+    live: Annotated[bool, Option("play with disks in use only")] = False
+
     async def run(self) -> int:
         """Play; 0 if every check held."""
+        from blocklayer.cli.tour.live import LiveStory
+
         if len(self.operands) > 1:
             raise CommandLineError("Expecting one folder at most")
         parent = Path(self.operands[0] if self.operands else tempfile.gettempdir())
@@ -37,12 +47,17 @@ class Tour(Command):
         stage = Stage(Path(tempfile.mkdtemp(prefix="blocklayer-tour-", dir=parent)))
         began = time.monotonic()
         try:
-            await Story(stage).play()
+            content = random.Random(1).randbytes(_DIARY_SIZE)
+            if not self.live:
+                await Story(stage).play()
+                content = (stage.folder / "base.raw").read_bytes()
+            await LiveStory(stage, content).play()
         except TourError:
             print(f"\nThe tour stopped. Its disks are in {stage.folder}")
             return 1
         print(f"\n{stage.checks} checks passed in {time.monotonic() - began:.1f} seconds.")
-        _what_next(stage.folder)
+        if not self.live:
+            _what_next(stage.folder)
         return 0
 
 
