@@ -65,8 +65,8 @@ def test_events_and_states() -> None:
         root = await attach(
             inject_error=[{"event": "pwritev", "state": 3, "once": True}],
             set_state=[
-                {"event": "pwritev", "state": 1, "new-state": 2},
-                {"event": "flush_to_disk", "state": 2, "new-state": 3},
+                {"event": "pwritev", "state": 1, "new_state": 2},
+                {"event": "flush_to_disk", "state": 2, "new_state": 3},
             ],
         )
         await root.write(0, b"a")

@@ -27,7 +27,7 @@ CLUSTER = 64 * KIB
 def nth_write_fails(number: int, *, for_ever: bool) -> dict[str, Any]:
     """Rules for blkdebug; before the first write its state is 1."""
     steps = [
-        {"event": "pwritev", "state": state, "new-state": state + 1}
+        {"event": "pwritev", "state": state, "new_state": state + 1}
         for state in range(1, number + 1)
     ]
     error = {"event": "pwritev", "state": number, "iotype": "write", "once": not for_ever}

@@ -60,11 +60,11 @@ class InjectError(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_f
 
 
 class SetState(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_fields=True):
-    """At ``event``, in ``state`` (0: any), go to ``new-state``."""
+    """At ``event``, in ``state`` (0: any), go to ``new_state``."""
 
     event: Event
     state: State = 0
-    new_state: State
+    new_state: State = msgspec.field(name="new_state")
 
 
 class BlkdebugOptions(NodeOptions, kw_only=True):
