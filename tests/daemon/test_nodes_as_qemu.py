@@ -117,7 +117,8 @@ SCRIPTS: dict[str, list[dict[str, Any]]] = {
         add("r", "raw", file="disk0"), add("ra", "raw", active=False, file="disk0"),
         activate(True, node_name="disk0"), FLAT, activate(True, node_name="ra"),
         activate(False, node_name="disk0"), FLAT, activate(False, node_name="ra"), FLAT,
-        activate(True, node_name="ra"), FLAT, activate(False), FLAT, resize(2 << 20, node_name="disk0"), activate(True), FLAT,
+        activate(True, node_name="ra"), FLAT, activate(False), FLAT,
+        resize(2 << 20, node_name="disk0"), activate(True), FLAT,
         activate(True, node_name="nope"), resize(1 << 20, node_name="disk0"),
     ],
     "objects": [
