@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from blocklayer.drivers import REGISTRY
 from blocklayer.errors import BlockError, UsageError
@@ -53,7 +53,7 @@ class Daemon:
         self.front_ends: list[Callable[[], Awaitable[None]]] = []
         """What ends each kind of front end (devices, servers, exports), the first to end last."""
 
-    async def __aenter__(self) -> Daemon:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(

@@ -148,8 +148,8 @@ class LiveStory:
             await self.daemon.mirror(
                 disk,
                 self.path(name),
-                sync=sync,
-                when_ready=compare,  # type: ignore[arg-type]
+                sync=sync,  # type: ignore[arg-type]
+                when_ready=compare,
             )
             await self.daemon.disk(disk).flush()
             shown = await _shown(self.path(name))
