@@ -245,7 +245,7 @@ def test_by_the_original_name(tmp_path: Path) -> None:
 def test_killed_while_it_writes(
     tmp_path: Path, image: Path, qemu_img: Oracle, qemu_io: Oracle, round: int
 ) -> None:
-    """Acknowledged flushes hold, and the chain is whole: the kernel keeps what a process wrote."""
+    """What was flushed holds, and the chain is whole."""
     with running(tmp_path, "--blockdev", DISK % image) as process, Talk(tmp_path / "q") as client:
         for number in range(1, 12 + round):
             line = f"qemu-io disk0 write -P {number} {number * 200}k 64k"
@@ -265,3 +265,43 @@ def test_killed_while_it_writes(
             assert result.returncode in (0, 3), result
     for number in range(1, 12 + round):
         qemu_io("-c", f"read -P {number} {number * 200}k 64k", image)
+
+
+def test_the_state_outlives_a_killed_daemon(
+    tmp_path: Path, image: Path, qemu_img: Oracle, qemu_io: Oracle
+) -> None:
+    """The next daemon has the graph that snapshots and commands made, by the same options."""
+    over = tmp_path / "over.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", over)
+    options = ["--state", str(tmp_path / "state"), "--blockdev", DISK % image]
+    with running(tmp_path, *options) as process, Talk(tmp_path / "q") as client:
+        client.human('qemu-io disk0 "write -P 1 0 64k"')
+        client.human("qemu-io disk0 flush")
+        overlay = json.loads(DISK % (tmp_path / "over.qcow2"))
+        overlay |= {"node-name": "over", "backing": None}
+        client.ask({"execute": "blockdev-add", "arguments": overlay})
+        nodes = {"node": "disk0", "overlay": "over"}
+        client.ask({"execute": "blockdev-snapshot", "arguments": nodes})
+        assert "wrote" in client.human('qemu-io over "write -P 2 64k 64k"')
+        client.human("qemu-io over flush")
+        node = {"driver": "raw", "node-name": "r", "file": "over", "offset": 512}
+        client.ask({"execute": "blockdev-add", "arguments": node})
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(HANG_TIMEOUT_S)
+    (tmp_path / "pid").unlink()
+    (tmp_path / "q").unlink()
+    with running(tmp_path, *options) as process, Talk(tmp_path / "q") as client:
+        found = client.ask({"execute": "query-named-block-nodes"})
+        named = {each["node-name"]: each for each in found if each["node-name"][0] != "#"}
+        assert set(named) == {"disk0", "over", "r"}
+        assert named["over"]["backing_file_depth"] == 2
+        assert named["disk0"]["ro"]
+        for line in ("read -P 2 64k 64k", "read -P 1 0 64k"):
+            said = client.human(f"qemu-io over {line}")
+            assert said.startswith("read 65536"), said
+        client.ask({"execute": "blockdev-del", "arguments": {"node-name": "r"}})
+        client.ask({"execute": "quit"})
+        assert ends_with(process) == 0
+    state = json.loads((tmp_path / "state").read_text())
+    assert [each["node-name"] for each in state["nodes"]] == ["disk0", "over"]
+    qemu_io("-c", "read -P 2 64k 64k", tmp_path / "over.qcow2")

@@ -166,7 +166,9 @@ class Monitor(Session):
         if isinstance(content, BadInput):
             raise CommandError(str(content))
         command, arguments = self._command(content)
-        return await command.run(self, command.decode(arguments))
+        result = await command.run(self, command.decode(arguments))
+        self.server.after_command()
+        return result
 
     def _command(self, content: Any) -> tuple[Command, dict[str, Any]]:
         """The command meant, and its arguments unchecked. Raises CommandError."""

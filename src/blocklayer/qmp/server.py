@@ -56,6 +56,9 @@ class Server:
         self.chardevs: dict[str, Chardev] = {}
         self.descriptor_sets = DescriptorSets()
         self.sessions: set[Session] = set()
+        self.after_command: Callable[[], None] = lambda: None
+        """Called after every command that went well, before its reply."""
+        self.keeps_state = False
         self.stopping = asyncio.Event()
         """Set when a client asked to quit; whoever runs the server then closes it."""
         self._tasks: set[asyncio.Task[None]] = set()

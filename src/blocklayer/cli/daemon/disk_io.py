@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from blocklayer.cli import console
 from blocklayer.daemon import devices
-from blocklayer.errors import UsageError
+from blocklayer.errors import LockedError, UsageError
 from blocklayer.graph.node import Node
 from blocklayer.graph.permission import Permission
 from blocklayer.graph.root import Root
@@ -53,10 +53,7 @@ async def qemu_io(server: Server, arguments: dict[str, Any]) -> str:
             raise UsageError(f"Device '{name}' has no medium")
     else:
         node = server.daemon.find(name)
-    taken = int(Permission.CONSISTENT_READ)
-    if not node.read_only:
-        taken |= Permission.WRITE | Permission.RESIZE
-    root = Root(node, "the human monitor", taken)
+    root = _hold(node)
     try:
         session = Session(misaligned=False)
         session.image = _InUse(root)  # type: ignore[assignment]
@@ -66,3 +63,17 @@ async def qemu_io(server: Server, arguments: dict[str, Any]) -> str:
         return "".join(said)
     finally:
         await root.close()
+
+
+def _hold(node: Node) -> Root:
+    """A hold on ``node`` with as much as its other users allow. Raises LockedError."""
+    read = int(Permission.CONSISTENT_READ)
+    choices = [read]
+    if not node.read_only:
+        choices += [read | Permission.WRITE, read | Permission.WRITE | Permission.RESIZE]
+    for taken in reversed(choices[1:]):
+        try:
+            return Root(node, "the human monitor", taken)
+        except LockedError:
+            continue
+    return Root(node, "the human monitor", choices[0])

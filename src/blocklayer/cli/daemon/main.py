@@ -65,6 +65,10 @@ class Daemon(Command):
     object: Annotated[
         list[str], Option("add an object (secret, throttle-group…)", value="OPTIONS")
     ] = NO_TEXTS
+    state: Annotated[
+        str | None,
+        Option("keep the nodes in a file, and open again what it says", value="FILE"),
+    ] = None
     pidfile: Annotated[
         str | None, Option("write the process id to a file when ready", value="FILE")
     ] = None

@@ -3,16 +3,20 @@
 1. Steps are taken in the order given. If there are options of the emulator among them, it is its
    order: objects and character devices, nodes, drives, devices, servers, monitors.
 2. A value is JSON if it begins with ``{``, else ``key=value,…`` with dotted keys.
-3. What is said when a step fails names the option, and its value unless that may be secret.
+3. ``--state`` opens what the last daemon had open; nodes that it knows are not opened by options
+   that come after it.
+4. What is said when a step fails names the option, and its value unless that may be secret.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from typing import TYPE_CHECKING, Any, Final
 
 from blocklayer.errors import BlockError, StorageError, UsageError
+from blocklayer.graph.events import Event, JobStatusChange
 from blocklayer.graph.options import decode, parse_pairs, unflatten
 
 if TYPE_CHECKING:
@@ -37,6 +41,7 @@ async def set_up(server: Server, uses: list[tuple[str, Any]]) -> None:
             # What objects are made from is secret.
             given = "" if option == "object" else f" {value}"
             raise error.reworded(f"--{option.replace('_', '-')}{given}: {error}") from error
+    server.after_command()
 
 
 def read_options(text: str, implied: str | None = None) -> dict[str, Any]:
@@ -54,7 +59,12 @@ def read_options(text: str, implied: str | None = None) -> dict[str, Any]:
 async def _blockdev(server: Server, value: str) -> None:
     from blocklayer.daemon import nodes
 
-    await nodes.add(server.daemon, read_options(value, "driver"))
+    options = read_options(value, "driver")
+    known = server.daemon.graph.nodes.get(options.get("node-name", ""))
+    if known is not None and server.keeps_state:
+        # The state file has it already, as it was when the last daemon ended.
+        return
+    await nodes.add(server.daemon, options)
 
 
 async def _chardev(server: Server, value: str) -> None:
@@ -104,6 +114,32 @@ async def _object(server: Server, value: str) -> None:
     from blocklayer.qmp.local import execute_text
 
     await execute_text(server, "object-add", read_options(value, "qom-type"))
+
+
+async def _state(server: Server, value: str) -> None:
+    from blocklayer.cli import console
+    from blocklayer.daemon.state import StateFile
+
+    state = StateFile(server.daemon, value)
+    for job in await state.restore():
+        console.warning(f"job '{job.id}' ({job.type}) was {job.status} when the last daemon ended")
+
+    def keep() -> None:
+        if not server.stopping.is_set():
+            state.store()
+
+    def keep_soon(event: Event) -> None:
+        if isinstance(event, JobStatusChange):
+            asyncio.get_running_loop().call_soon(keep_or_say)
+
+    def keep_or_say() -> None:
+        try:
+            keep()
+        except BlockError as error:
+            console.error(str(error))
+
+    server.after_command, server.keeps_state = keep, True
+    server.daemon.graph.listeners.append(keep_soon)
 
 
 async def _add_fd(server: Server, value: str) -> None:
@@ -161,6 +197,7 @@ _STEPS: Final = {
     "add_fd": _add_fd,
     "object": _object,
     "chardev": _chardev,
+    "state": _state,
     "blockdev": _blockdev,
     "drive": _drive,
     "device": _device,
