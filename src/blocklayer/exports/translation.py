@@ -60,6 +60,7 @@ class Translation:
         self._root = root
         self._node: Node | None = None
         self._generation = -1
+        self._seen = -1
         self._shift = _GRANULE.bit_length() - 1
         self._leaves: dict[int, array[int]] = {}
         self._targets: list[_Target | None] = [None]
@@ -150,6 +151,14 @@ class Translation:
             if leaf is None or leaf[granule % _LEAF] != entry:
                 return False
         return True
+
+    def is_settled(self) -> bool:
+        """Whether ``learn`` is worth its time: no mapping has changed since this was last asked.
+
+        While new space is allocated all the time, whatever is learnt is soon dropped again.
+        """
+        seen, self._seen = self._seen, self._root.node.generation
+        return seen == self._seen
 
     async def learn(self, offset: int, length: int, *, writing: bool) -> None:
         """Enter what the graph knows of the range; within a request of the root."""
