@@ -167,6 +167,8 @@ class Translation:
         if node is not self._node or node.generation != self._generation:
             self._reset(node)
         generation, end = node.generation, min(offset + length, node.size)
+        # From the granule's start: else a run that is found from its middle on cannot enter it.
+        offset -= offset % (1 << self._shift)
         while offset < end:
             found = await self._find(node, offset, end - offset, writing)
             if node.generation != generation or root.node is not node or found is None:
