@@ -40,6 +40,15 @@ def _piped(name: str, prepare: Prepare, line: str) -> Case:
     return Case(name, prepare, through, (*QEMU_IMG, *line.split(), "out"), 2.0, "out")
 
 
+def _served(name: str, image: str, load: str, most: float) -> Case:
+    """A load on ``blk nbd`` against the same on ``qemu-nbd``."""
+    ours, peer = (
+        (sys.executable, "-m", "bench.nbd", server, image, *load.split())
+        for server in ("blk", "qemu-nbd")
+    )
+    return Case(f"nbd {name}", images.full, ours, peer, most)
+
+
 def _scattered(folder: Path, size: int) -> None:
     images.scattered(folder)
 
@@ -78,4 +87,11 @@ CASES = (
          (*_LIBRARY, "open", "small"), ("sh", "-c", _EVERY_INFO), 0.1, runs=1),
     Case("clone 10,000 / copying one file", _small,
          (*_LIBRARY, "clone", "small"), (*_LIBRARY, "copy", "small"), 1.0, runs=1),
+    _served("4 KiB random read, depth 1", "full.qcow2", "randread 4k 1 20000", 1 / 1.3),
+    _served("4 KiB random read, depth 16", "full.qcow2", "randread 4k 16 60000", 1 / 3),
+    _served("4 KiB random write, depth 1", "full.qcow2", "randwrite 4k 1 20000", 1 / 1.3),
+    _served("4 KiB random write, depth 16", "full.qcow2", "randwrite 4k 16 60000", 1 / 3),
+    _served("64 KiB random read, depth 16", "full.qcow2", "randread 64k 16 10000", 1 / 2),
+    _served("1 MiB read", "full.qcow2", "read 1M 4 1500", 1 / 2),
+    _served("1 MiB write", "full.qcow2", "write 1M 4 1500", 1 / 2),
 )  # fmt: skip

@@ -52,7 +52,7 @@ def _run(command: Command, folder: Path, output: IO[bytes]) -> Sample:
     if process.returncode:
         said = output.read().decode(errors="replace")
         raise SystemExit(f"{' '.join(map(str, command))}: {said.strip()}")
-    if "bench.library" in command:
+    if any(part in ("bench.library", "bench.nbd") for part in command):
         wall_s = float(output.read())
     return Sample(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
 

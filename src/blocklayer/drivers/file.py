@@ -285,7 +285,8 @@ class FileDriver(ProtocolDriver):
 
     def write_now(self, offset: int, data: Buffer) -> bool:
         """Store ``data`` in the page cache, unless it is so much that others would have to wait."""
-        if self._direct is not None or len(data) > _INLINE_WRITE:
+        # Memory takes as much as fits in a moment; a disk's page cache may make us wait for room.
+        if self._direct is not None or len(data) > (MIB if self._never_waits else _INLINE_WRITE):
             return False
         try:
             self._io.write_all(offset, (data,))

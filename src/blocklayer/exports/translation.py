@@ -60,6 +60,7 @@ class Translation:
         self._root = root
         self._node: Node | None = None
         self._generation = -1
+        self._seen = -1
         self._shift = _GRANULE.bit_length() - 1
         self._leaves: dict[int, array[int]] = {}
         self._targets: list[_Target | None] = [None]
@@ -151,6 +152,14 @@ class Translation:
                 return False
         return True
 
+    def is_settled(self) -> bool:
+        """Whether ``learn`` is worth its time: no mapping has changed since this was last asked.
+
+        While new space is allocated all the time, whatever is learnt is soon dropped again.
+        """
+        seen, self._seen = self._seen, self._root.node.generation
+        return seen == self._seen
+
     async def learn(self, offset: int, length: int, *, writing: bool) -> None:
         """Enter what the graph knows of the range; within a request of the root."""
         root = self._root
@@ -158,6 +167,8 @@ class Translation:
         if node is not self._node or node.generation != self._generation:
             self._reset(node)
         generation, end = node.generation, min(offset + length, node.size)
+        # From the granule's start: else a run that is found from its middle on cannot enter it.
+        offset -= offset % (1 << self._shift)
         while offset < end:
             found = await self._find(node, offset, end - offset, writing)
             if node.generation != generation or root.node is not node or found is None:

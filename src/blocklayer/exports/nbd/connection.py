@@ -282,8 +282,13 @@ class Connection:
         if not self._flush_soon:
             self._flush_soon = True
             self._loop.call_soon(self._flush)
-        if self._translation is not None and request.command in (_READ, _WRITE):
-            await self._learn(session, self._translation, request)
+        translation = self._translation
+        if (
+            translation is not None
+            and request.command in (_READ, _WRITE)
+            and translation.is_settled()
+        ):
+            await self._learn(session, translation, request)
         self._in_flight -= 1
         self._bytes -= size
 
