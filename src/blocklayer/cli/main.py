@@ -323,15 +323,18 @@ def _run_as_task(command: Command) -> int:
     import asyncio
     import signal
 
-    def as_interrupt(*received: object) -> None:
-        signal.raise_signal(signal.SIGINT)
+    async def run() -> int:
+        # Whoever ends us politely wants what Ctrl-C wants: nothing half-made left behind. SIGINT
+        # itself may be ignored, as it is in the background of a script.
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(task.cancel))
+        return await command.run()
 
     try:
         with asyncio.Runner() as runner:
-            # Whoever ends us politely wants what Ctrl-C wants: nothing half-made left behind.
-            signal.signal(signal.SIGTERM, as_interrupt)
-            return runner.run(command.run())
-    except KeyboardInterrupt:
+            return runner.run(run())
+    except (KeyboardInterrupt, asyncio.CancelledError):
         left = command.left_behind()
         console.error(f"interrupted: {left}" if left else "interrupted")
         return EXIT_INTERRUPTED

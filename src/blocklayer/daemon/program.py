@@ -35,6 +35,7 @@ from blocklayer.units import parse_size
 if TYPE_CHECKING:
     from blocklayer.jobs.job import Job
 
+SyncMode = Literal["full", "top", "none"]
 Report = Callable[[Progress], None]
 _USE = int(Permission.CONSISTENT_READ | Permission.WRITE | Permission.RESIZE)
 _POLL_S = 0.1
@@ -174,7 +175,7 @@ class Daemon(core.Daemon):
         disk: str,
         target: str | os.PathLike[str],
         *,
-        sync: Literal["full", "top", "none"] = "full",
+        sync: SyncMode = "full",
         format: str | None = None,
         pivot: bool = False,
         reuse: bool = False,

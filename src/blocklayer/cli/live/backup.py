@@ -123,7 +123,7 @@ class BackupBegin(JobVerb):
         name, key = backup_name(disk.name), "scratch" if pull else "target"
         suffix = "scratch" if pull else str(int(time.time()))
         if key not in spec and not disk.active.filename.startswith("/"):
-            raise UsageError(f"'{disk.name}' is no plain file: say {key}=PATH in --diskspec")
+            raise UsageError(f"'{disk.name}' is no absolute path: say {key}=PATH in --diskspec")
         path = absolute(spec.get(key) or f"{disk.active.filename}.{suffix}")
         await begun.open(name, path, spec.get("driver", "qcow2"), disk, scratch=pull)
         data: dict[str, Any] = {
@@ -206,7 +206,14 @@ class Begun:
         address = None
         if server is not None:
             address = server_address(server)
-            await self._client.execute("nbd-server-start", {"addr": legacy_address(address)})
+            try:
+                await self._client.execute("nbd-server-start", {"addr": legacy_address(address)})
+            except CommandFailed as error:
+                if "already running" not in str(error):
+                    raise
+                raise UsageError(
+                    "an NBD server is running already; without --server it is used"
+                ) from None
             self._server_started = True
         for index, (backup, exported) in enumerate(self.disks):
             name = backup_name(backup.disk)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from blocklayer.cli.live.disks import Disk, Layer
 from blocklayer.cli.live.following import Job, JobVerb, job_id
-from blocklayer.cli.live.images import drop_layers
+from blocklayer.cli.live.images import check_deletable, drop_layers
 from blocklayer.cli.live.verb import DISK, Done, find_disk
 from blocklayer.cli.options import CommandLineError, Option
 from blocklayer.errors import UsageError
@@ -74,6 +74,8 @@ class BlockCommit(JobVerb):
                 f"'{disk.layers[top].node}' is not the active layer of '{disk.name}': "
                 "--pivot and --keep-overlay do not apply"
             )
+        if self.delete:
+            check_deletable(disk.layers[top:base])
         identifier = job_id("commit", disk.name)
         arguments: dict[str, Any] = {
             "job-id": identifier,

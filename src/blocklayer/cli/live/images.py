@@ -90,6 +90,15 @@ async def remove_node(client: Client, node: str) -> bool:
     return True
 
 
+def check_deletable(layers: list[Layer]) -> None:
+    """Raise UsageError if the file of one of ``layers`` cannot be deleted from here."""
+    for layer in layers:
+        if not os.path.isabs(layer.filename):
+            raise UsageError(
+                f"'{layer.filename}' is no absolute path: --delete cannot tell which file that is"
+            )
+
+
 async def drop_layers(client: Client, layers: list[Layer], *, delete: bool) -> list[str]:
     """Close layers that a chain no longer has; ``delete`` their files; the names of those deleted.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from blocklayer.cli.live.following import Job, JobVerb, job_id
-from blocklayer.cli.live.images import drop_layers
+from blocklayer.cli.live.images import check_deletable, drop_layers
 from blocklayer.cli.live.verb import DISK, Done, find_disk
 from blocklayer.cli.options import Option
 from blocklayer.errors import UsageError
@@ -40,6 +40,8 @@ class BlockPull(JobVerb):
         base = len(disk.layers) if self.base is None else disk.layer(self.base, "base")
         if base == 0:
             raise UsageError(f"the base '{disk.active.node}' is the active layer itself")
+        if self.delete:
+            check_deletable(disk.layers[1:base])
         identifier = job_id("pull", disk.name)
         arguments: dict[str, Any] = {
             "job-id": identifier,

@@ -153,6 +153,6 @@ class SnapshotCreateAs(Verb):
 def _overlay_name(filename: str, name: str) -> str:
     """Beside the image, with the snapshot's name for a suffix."""
     if not filename.startswith("/"):
-        raise UsageError(f"'{filename}' is no plain file: say file=PATH in --diskspec")
+        raise UsageError(f"'{filename}' is no absolute path: say file=PATH in --diskspec")
     folder, own = os.path.split(filename)
     return os.path.join(folder, f"{re.sub(r'[.][^.]*$', '', own)}.{name}")

@@ -14,7 +14,7 @@ from typing import Any
 from blocklayer.api.disk import Disk, create
 from blocklayer.cli.tour.guest import Guest
 from blocklayer.cli.tour.stage import Stage
-from blocklayer.daemon.program import Daemon
+from blocklayer.daemon.program import Daemon, SyncMode
 from blocklayer.graph.permission import Permission
 from blocklayer.graph.root import Root
 from blocklayer.units import MIB
@@ -46,8 +46,7 @@ class LiveStory:
             await self.point_in_time()
             await self.incremental_backups()
             await self.migration()
-        images = sorted(path for path in self.folder.iterdir() if path.suffix == ".qcow2")
-        self.stage.sound(*(str(path.relative_to(self.stage.folder)) for path in images))
+        await self.sound()
 
     def path(self, name: str) -> str:
         """Where the image ``name`` is."""
@@ -74,6 +73,17 @@ class LiveStory:
         """Check that ``copies`` are one moment of the disks."""
         number = self.guest.moment(**copies)
         self.stage.check(number is not None, f"{what} the disk after request {number} exactly")
+
+    async def sound(self) -> None:
+        """Check the metadata of every image that came about."""
+        images = sorted(path for path in self.folder.iterdir() if path.suffix == ".qcow2")
+        for path in images:
+            async with await Disk.open(path, format="qcow2") as disk:
+                found = await disk.check()
+            wrong = found.corruptions or found.leaks or found.check_errors
+            self.stage.check(not wrong, f"{path.name} is sound", quiet=True)
+            self.stage.foreign_check(path)
+        self.stage.check(True, f"the metadata of all {len(images)} images is sound")
 
     async def a_live_disk(self) -> None:
         """Two disks, and a guest that writes to both all the time."""
@@ -136,7 +146,10 @@ class LiveStory:
             "Mirror: a copy that keeps up, of all (full), of one layer (top), of what is new"
         )
         stage.command("blk live SOCKET blockcopy disk0 full.qcow2 --finish")
-        for sync, disk in (("full", "disk0"), ("top", "disk1"), ("none", "disk0")):
+        plan: tuple[tuple[SyncMode, str], ...] = (
+            ("full", "disk0"), ("top", "disk1"), ("none", "disk0")
+        )  # fmt: skip
+        for sync, disk in plan:
             copied: list[bytes] = []
 
             async def compare(disk: str = disk, copied: list[bytes] = copied) -> None:
@@ -148,7 +161,7 @@ class LiveStory:
             await self.daemon.mirror(
                 disk,
                 self.path(name),
-                sync=sync,  # type: ignore[arg-type]
+                sync=sync,
                 when_ready=compare,
             )
             await self.daemon.disk(disk).flush()
@@ -200,12 +213,12 @@ class LiveStory:
         stage = self.stage
         stage.scene("Live storage migration: disk1 moves to another daemon, over NBD")
         uri = f"nbd+unix:///disk1?socket={self.path('b.sock')}"
-        stage.command(f"blk live SOCKET blockcopy disk1 '{uri}' --pivot")
+        stage.command(f"blk live SOCKET blockcopy disk1 '{uri}' --pivot --synchronous-writes")
         async with Daemon() as other:
             await create(self.path("host-b.qcow2"), _SIZE)
             there = await other.add("disk1", self.path("host-b.qcow2"))
             await other.export("disk1", uri)
-            await self.daemon.mirror("disk1", uri, pivot=True)
+            await self.daemon.mirror("disk1", uri, pivot=True, write_blocking=True)
             stage.say("The guest's requests go to host-b.qcow2 in the other daemon now.")
             await self.settle("moved while in use")
             await self.guest.pause()

@@ -97,13 +97,16 @@ class Stage:
         """Check the metadata of ``images``: with our own check, and with QEMU's if it is here."""
         for image in images:
             self.blk(f"img check -q {image}")
-            if shutil.which("qemu-img"):
-                done = self._run("qemu-img", "check", "-q", image)
-                self.check(
-                    done.returncode == 0, f"qemu-img check {image}: {_all(done)}", quiet=True
-                )
+            self.foreign_check(self.folder / image)
         by = "blk and qemu-img" if shutil.which("qemu-img") else "blk"
         self.check(True, f"metadata of {', '.join(images)} is sound, says {by}")
+
+    def foreign_check(self, image: Path) -> None:
+        """Let QEMU's own tool check the metadata of ``image``, if it is here."""
+        if shutil.which("qemu-img"):
+            done = self._run("qemu-img", "check", "-q", str(image))
+            said = f"qemu-img check {image}: {_all(done)}"
+            self.check(done.returncode == 0, said, quiet=True)
 
     def file_system_sound(self, raw: str) -> None:
         """Check the file system in a raw image, if e2fsck is here."""
