@@ -31,6 +31,8 @@ class Daemon:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.socket = folder / "qmp.sock"
+        self.watching = folder / "watching.sock"
+        """A monitor of its own for ``qmp``: the other may be held by who waits for a job."""
         self.nbd = folder / "nbd.sock"
 
     def uri(self, export: str) -> str:
@@ -51,7 +53,7 @@ class Daemon:
         """What a command returns; underscores in names stand for dashes."""
 
         async def ask() -> Any:
-            async with await Client.connect(str(self.socket)) as client:
+            async with await Client.connect(str(self.watching)) as client:
                 return await client.execute(
                     command, {name.replace("_", "-"): v for name, v in arguments.items()}
                 )
@@ -91,6 +93,8 @@ def running(kind: str, folder: Path, *arguments: str) -> Iterator[Daemon]:
             *program,
             "--chardev", f"socket,id=c,path={daemon.socket},server=on,wait=off",
             "--monitor", "chardev=c",
+            "--chardev", f"socket,id=w,path={daemon.watching},server=on,wait=off",
+            "--monitor", "chardev=w",
             "--nbd-server", f"addr.type=unix,addr.path={daemon.nbd}",
             *arguments,
             "--pidfile", str(pid_file),

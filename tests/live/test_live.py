@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from live.daemons import OURS, THEIRS, Daemon, disk_arguments, live, running
-from oracles import Oracle, require
+from oracles import HANG_TIMEOUT_S, Oracle, require
 
 SIZE = "8M"
 
@@ -194,6 +198,22 @@ def test_copy_and_finish(daemon: Daemon, tmp_path: Path, qemu_img: Oracle, forma
 def test_a_shallow_copy(daemon: Daemon, tmp_path: Path) -> None:
     daemon.live("blockcopy", "vda", tmp_path / "copy.qcow2", "--shallow", "--pivot")
     assert chain(daemon, "vda") == ["copy.qcow2", "middle.qcow2", "base.qcow2"]
+    whole(daemon)
+
+
+@only_ours
+def test_whoever_waits_is_told_to_end(daemon: Daemon) -> None:
+    # As in the background of a script, where SIGINT is ignored.
+    program = shlex.join([sys.executable, "-m", "blocklayer.cli.main", "live", str(daemon.socket)])
+    line = f"trap '' INT; exec {program} blockpull vda --wait --bandwidth 64k"
+    with subprocess.Popen(["sh", "-c", line], stderr=subprocess.PIPE, text=True) as waiting:
+        while not daemon.qmp("query-jobs"):
+            assert waiting.poll() is None
+        waiting.send_signal(signal.SIGTERM)
+        said = waiting.communicate(timeout=HANG_TIMEOUT_S)[1]
+    assert waiting.returncode == 130
+    assert "the job was cancelled" in said
+    assert daemon.qmp("query-jobs") == []
     whole(daemon)
 
 

@@ -227,7 +227,9 @@ class Daemon(core.Daemon):
 
         arguments = DriveBackup(
             job_id=f"backup-{disk}", device=self._node(disk).name, target=os.fspath(target),
-            sync=sync, bitmap=bitmap, format=format, compress=compress, speed=speed,
+            sync=sync, bitmap=bitmap,
+            bitmap_mode="on-success" if sync == "bitmap" else None,
+            format=format, compress=compress, speed=speed,
             mode="existing" if reuse else "absolute-paths", auto_dismiss=False,
         )  # fmt: skip
         actions: list[tuple[str, Any]] = [("drive-backup", arguments)]
