@@ -57,6 +57,7 @@ async def qemu_io(server: Server, arguments: dict[str, Any]) -> str:
     if not node.read_only:
         taken |= Permission.WRITE | Permission.RESIZE
     root = Root(node, "the human monitor", taken)
+    devices.meet(server.daemon, root)
     try:
         session = Session(misaligned=False)
         session.image = _InUse(root)  # type: ignore[assignment]
