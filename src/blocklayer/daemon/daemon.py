@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from blocklayer.daemon.devices import Device
     from blocklayer.exports.export import Export
     from blocklayer.exports.nbd.server import NbdServer
+    from blocklayer.graph.throttling import ThrottleGroup
 
 
 class DeviceNotFoundError(UsageError):
@@ -44,6 +45,8 @@ class Daemon:
         self.jobs = Jobs()
         self.devices: list[Device] = []
         """The oldest first; ``daemon.devices`` adds and removes them."""
+        self.throttle_groups: dict[str, ThrottleGroup] = {}
+        """Those that devices share and no object stands for; ``daemon.limits`` adds and removes."""
         self.status = "running"
         """Of a machine that is not there: ``stop`` and errors pause it, ``cont`` resumes it."""
         self.exports: dict[str, Export] = {}

@@ -11,6 +11,7 @@ from blocklayer.daemon.accounting import Accounting
 from blocklayer.daemon.daemon import Daemon
 from blocklayer.daemon.devices import Device
 from blocklayer.daemon.info import BlockDeviceInfo, device_info
+from blocklayer.daemon.limits import show_limits
 from blocklayer.drivers.file import FileDriver
 from blocklayer.graph.node import Node
 
@@ -144,6 +145,8 @@ def _block_info(device: Device) -> BlockInfo:
     if device.node is not None:
         info.inserted = device_info(device.node)
         info.inserted.cache.writeback = device.options.write_cache != "off"
+        if device.throttle_group is not None:
+            show_limits(device.throttle_group, info.inserted)
     return info
 
 
@@ -186,8 +189,14 @@ def _node_stats(node: Node, *, backing: bool) -> BlockStats:
 
 def _stats(accounting: Accounting) -> BlockDeviceStats:
     stats = BlockDeviceStats(
-        **accounting.totals(), account_invalid=False, account_failed=False, timed_stats=[]
+        **accounting.totals(),
+        account_invalid=accounting.invalid,
+        account_failed=accounting.failed,
+        timed_stats=[],
     )
     if accounting.idle_time_ns is not None:
         stats.idle_time_ns = accounting.idle_time_ns
+    for kind, histogram in accounting.histograms.items():
+        info = BlockLatencyHistogramInfo(boundaries=histogram.boundaries, bins=list(histogram.bins))
+        setattr(stats, f"{kind}_latency_histogram", info)
     return stats

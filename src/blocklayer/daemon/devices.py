@@ -21,6 +21,7 @@ from msgspec import UNSET, UnsetType
 
 from blocklayer.daemon.accounting import Accounting
 from blocklayer.daemon.daemon import Daemon, DeviceNotFoundError
+from blocklayer.daemon.ways import Way
 from blocklayer.errors import BlockError, UsageError
 from blocklayer.graph.events import (
     BlockErrorAction,
@@ -35,6 +36,7 @@ from blocklayer.graph.node import Node
 from blocklayer.graph.options import Size, decode
 from blocklayer.graph.permission import Permission
 from blocklayer.graph.root import Root
+from blocklayer.graph.throttling import Member, ThrottleGroup
 
 ErrorPolicy = Literal["auto", "report", "ignore", "enospc", "stop"]
 
@@ -106,7 +108,13 @@ class Device:
         self.medium: Root | None = None
         self.tray_open = False
         self.io_status: Literal["ok", "failed", "nospace"] = "ok"
-        self.accounting = Accounting()
+        self.accounting = Accounting(
+            failed=options.account_failed != "off", invalid=options.account_invalid != "off"
+        )
+        self._seat: Member | None = None
+        """Keeps its throttle group in use even while no requests can come."""
+        self.ways: list[Way] = []
+        """Those by which requests come in."""
 
     @property
     def id(self) -> str:
@@ -142,6 +150,11 @@ class Device:
         return self.medium.node if self.medium is not None else None
 
     @property
+    def throttle_group(self) -> ThrottleGroup | None:
+        """Whose limits its requests keep to; ``daemon.limits`` sets it."""
+        return self._seat.group if self._seat is not None else None
+
+    @property
     def policies(self) -> tuple[str, str]:
         """What read and write errors lead to."""
         read = "report" if self.options.rerror == "auto" else self.options.rerror
@@ -163,9 +176,26 @@ class Device:
             shared,
             write_through=self.options.write_cache == "off",
         )
+        for export in self.daemon.exports.values():
+            self.meet(export.root)
+
+    def meet(self, root: Root) -> None:
+        """Requests that come by ``root`` are the device's, if they are for its medium."""
+        if root.front_end is None and root.node is self.node:
+            root.front_end = Way(self, root)
+
+    def join(self, group: ThrottleGroup | None) -> None:
+        """From now on its requests keep to the limits of ``group``; None: to none."""
+        if self._seat is not None:
+            self._seat.leave()
+        self._seat = Member(group) if group is not None else None
+        for way in self.ways:
+            way.join(group)
 
     async def remove(self) -> None:
         """Give the medium back."""
+        for way in list(self.ways):
+            way.end()
         medium, self.medium = self.medium, None
         if medium is not None:
             await medium.close()
@@ -204,6 +234,12 @@ class Device:
         if action == "stop":
             stop(self.daemon, "io-error")
         return action
+
+
+def meet(daemon: Daemon, root: Root) -> None:
+    """``root`` is a new user: its requests are those of the device whose medium it uses, if any."""
+    for device in daemon.devices:
+        device.meet(root)
 
 
 def find(daemon: Daemon, *, device: str | None = None, id: str | None = None) -> Device:
@@ -270,6 +306,8 @@ async def _take_drive(drive: Device, options: DeviceOptions) -> Device:
             raise
         await old.close()
     drive.options = options
+    drive.accounting.failed = options.account_failed != "off"
+    drive.accounting.invalid = options.account_invalid != "off"
     return drive
 
 
@@ -277,6 +315,7 @@ async def delete(daemon: Daemon, id: str) -> None:
     """Unplug a device; a drive that it took goes with it."""
     device = find(daemon, id=id)
     daemon.devices.remove(device)
+    device.join(None)
     path = f"/machine/peripheral/{device.id}"
     try:
         await device.remove()

@@ -199,5 +199,6 @@ async def remove(daemon: Daemon, name: str) -> None:
         raise UsageError(f"Device '{name}' not found")
     if not device.options.driver:
         daemon.devices.remove(device)
+        device.join(None)
     device.drive = ""
     await device.remove()

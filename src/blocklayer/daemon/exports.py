@@ -18,6 +18,7 @@ import msgspec
 
 from blocklayer import net
 from blocklayer.codec.addresses import AnyAddress
+from blocklayer.daemon import devices
 from blocklayer.daemon.daemon import Daemon
 from blocklayer.errors import BlockError, StorageError, UsageError
 from blocklayer.exports.export import Export
@@ -193,6 +194,7 @@ async def _add_nbd(
         await export.close()
         raise
     daemon.exports[identifier] = export
+    devices.meet(daemon, export.root)
     return export
 
 

@@ -10,13 +10,15 @@ not allowed by it, takes the way through the graph.
    else would happen: no guard on the first sectors, no zero detection, no write-through, every node
    on the way writable. What may change without a new generation is looked at each time. Whoever
    watches the node or its storage hears of the write, as ever.
-3. Nothing is served while the root is drained, nor what its storage cannot do without waiting.
+3. Nothing is served while the root is drained, nor what its storage cannot do without waiting, nor
+   while a device has limits; what is served for a device is counted as ever.
 4. A request is served between two waits of the loop: nothing can change while it is.
 5. ``MAX_GRANULES`` are known at most.
 """
 
 from __future__ import annotations
 
+import time
 from array import array
 from typing import Final
 
@@ -67,6 +69,18 @@ class Translation:
 
     def read(self, offset: int, length: int) -> bytearray | None:
         """The bytes, or None: ask the graph."""
+        front_end = self._root.front_end
+        if front_end is None:
+            return self._read(offset, length)
+        if front_end.limited:
+            return None
+        began_ns = time.monotonic_ns()
+        data = self._read(offset, length)
+        if data is not None:
+            front_end.done("rd", offset, length, began_ns, None)
+        return data
+
+    def _read(self, offset: int, length: int) -> bytearray | None:
         root = self._root
         node = root.node
         if node is not self._node or node.generation != self._generation or root.quiesced:
@@ -94,6 +108,23 @@ class Translation:
 
     def write(self, offset: int, data: Buffer) -> bool:
         """Store ``data``; False: nothing was done, ask the graph."""
+        front_end = self._root.front_end
+        if front_end is None:
+            return self._write(offset, data)
+        if front_end.limited:
+            return False
+        began_ns, length = time.monotonic_ns(), len(data)
+        try:
+            done = self._write(offset, data)
+        except BlockError as error:
+            if not front_end.done("wr", offset, length, began_ns, error):
+                raise
+            return True
+        if done:
+            front_end.done("wr", offset, length, began_ns, None)
+        return done
+
+    def _write(self, offset: int, data: Buffer) -> bool:
         root = self._root
         node = root.node
         if (

@@ -7,14 +7,17 @@ node, and can be pointed at another node while it stays in use (snapshot, pivot)
 2. While drained, new requests wait at the door; those inside end undisturbed. So whoever is inside
    one root must not wait at another's door: ``requests`` enters several at once.
 3. With ``write_through`` a write has reached stable storage when it returns.
+4. A root that serves for a device has its front end: that sees each request before the door, where
+   it may let it wait for a limit, and when it has ended.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from blocklayer.errors import LockedError
 from blocklayer.graph import io, vm_state
@@ -29,10 +32,36 @@ if TYPE_CHECKING:
     from blocklayer.graph.graph import Graph
 
 
+RequestKind = Literal["rd", "wr", "unmap", "flush"]
+
+
+class FrontEnd(Protocol):
+    """What a device puts before a root that requests to it come through."""
+
+    @property
+    def limited(self) -> bool:
+        """Whether requests may have to wait."""
+
+    async def passing(self, kind: RequestKind, length: int) -> None:
+        """Wait until a request of ``length`` bytes may come in."""
+
+    def done(
+        self, kind: RequestKind, offset: int, length: int, began_ns: int, error: object
+    ) -> bool:
+        """A request that came at ``began_ns`` (``time.monotonic_ns``) has ended, with an exception
+        or None; whether its caller need not hear of the error.
+        """
+
+    def end(self) -> None:
+        """It no longer serves the device: what waits goes on."""
+
+
 class Root(Child):
     """An outside user's hold on ``node``, with the permissions it was made with."""
 
-    __slots__ = ("_idle", "_open", "_quiesced", "graph", "in_flight", "label", "write_through")
+    __slots__ = (
+        "_idle", "_open", "_quiesced", "front_end", "graph", "in_flight", "label", "write_through",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -50,6 +79,7 @@ class Root(Child):
         self.taken, self.shared = taken, shared
         self.write_through = write_through
         self.follows = follows
+        self.front_end: FrontEnd | None = None
         self.in_flight = 0
         self._quiesced = 0
         self._open: asyncio.Event | None = None
@@ -71,27 +101,33 @@ class Root(Child):
 
     async def close(self) -> None:
         """Give the node back; the last user's close writes back and closes it."""
+        if self.front_end is not None:
+            self.front_end.end()
         self.graph.roots.remove(self)
         await self.graph.detach(self)
 
-    def request(self) -> _Request:
-        """One request's stay inside: ``async with root.request(): …``."""
-        return _Request(self)
+    def request(
+        self, kind: RequestKind | None = None, offset: int = 0, length: int = 0
+    ) -> _Request:
+        """One request's stay inside: ``async with root.request(): …``. Without a ``kind`` the front
+        end does not see it.
+        """
+        return _Request(self, kind, offset, length)
 
     async def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset``."""
-        async with _Request(self):
+        async with _Request(self, "rd", offset, length):
             return await io.read(self.node, offset, length)
 
     async def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset``."""
-        async with _Request(self):
+        async with _Request(self, "rd", offset, len(view)):
             io.check_range(self.node, offset, len(view))
             await io.read_into(self.node, offset, view)
 
     async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
         """Store ``data``; with ``fua`` it is on stable storage when this returns."""
-        async with _Request(self):
+        async with _Request(self, "wr", offset, len(data)):
             self._check_write()
             await io.write(self.node, offset, data)
             await self._settle(fua)
@@ -106,27 +142,27 @@ class Root(Child):
         fua: bool = False,
     ) -> None:
         """Make the range read as zeros; see ``io.write_zeroes``."""
-        async with _Request(self):
+        async with _Request(self, "wr", offset, length):
             self._check_write()
             await io.write_zeroes(self.node, offset, length, unmap=unmap, fallback=fallback)
             await self._settle(fua)
 
     async def write_compressed(self, offset: int, data: Buffer) -> None:
         """Store whole clusters compressed; see ``io.write_compressed``."""
-        async with _Request(self):
+        async with _Request(self, "wr", offset, len(data)):
             self._check_write()
             await io.write_compressed(self.node, offset, data)
             await self._settle(False)
 
     async def discard(self, offset: int, length: int) -> None:
         """The range's contents are of no more use."""
-        async with _Request(self):
+        async with _Request(self, "unmap", offset, length):
             self._check_write()
             await io.discard(self.node, offset, length)
 
     async def flush(self) -> None:
         """All that was acknowledged before is on stable storage when this returns."""
-        async with _Request(self):
+        async with _Request(self, "flush"):
             await io.flush(self.node)
 
     async def truncate(
@@ -202,13 +238,21 @@ class Root(Child):
 
 
 class _Request:
-    __slots__ = ("_epoch", "_root")
+    __slots__ = ("_began_ns", "_epoch", "_front_end", "_kind", "_length", "_offset", "_root")
 
-    def __init__(self, root: Root) -> None:
+    def __init__(
+        self, root: Root, kind: RequestKind | None = None, offset: int = 0, length: int = 0
+    ) -> None:
         self._root = root
         self._epoch = 0
+        self._kind, self._offset, self._length = kind, offset, length
+        # The same one hears of the end, even if it is another's root by then.
+        self._front_end = root.front_end if kind is not None else None
 
     async def __aenter__(self) -> None:
+        if self._front_end is not None and self._kind is not None:
+            self._began_ns = time.monotonic_ns()
+            await self._front_end.passing(self._kind, self._length)
         self._epoch = await self._root.enter()
 
     async def __aexit__(
@@ -216,8 +260,11 @@ class _Request:
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:
+    ) -> bool | None:
         self._root.leave(self._epoch)
+        if self._front_end is None or self._kind is None:
+            return None
+        return self._front_end.done(self._kind, self._offset, self._length, self._began_ns, error)
 
 
 @asynccontextmanager

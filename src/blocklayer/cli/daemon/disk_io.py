@@ -54,6 +54,7 @@ async def qemu_io(server: Server, arguments: dict[str, Any]) -> str:
     else:
         node = server.daemon.find(name)
     root = _hold(node)
+    devices.meet(server.daemon, root)
     try:
         session = Session(misaligned=False)
         session.image = _InUse(root)  # type: ignore[assignment]

@@ -100,7 +100,7 @@ async def _read(session: Session, request: Request, payload: Buffer) -> Reply:
     if length > MAX_PAYLOAD:
         raise _invalid(f"reads take {MAX_PAYLOAD:#x} bytes at most")
     root = session.export.root
-    async with root.request():
+    async with root.request("rd", offset, length):
         if mode is not Mode.SIMPLE and not request.flags & CommandFlag.DF:
             if not length:
                 return [pack_done(mode, request)]

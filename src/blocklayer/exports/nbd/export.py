@@ -120,6 +120,9 @@ class NbdExport(Export):
     async def close(self) -> None:
         """Drop all clients, let what they asked for end, and give the node back."""
         self.shutting_down = True
+        if self.root.front_end is not None:
+            # What waits for a limit is not waited for.
+            self.root.front_end.end()
         for connection in list(self.connections):
             connection.drop()
         for connection in list(self.connections):

@@ -58,6 +58,17 @@ async def block_stream(server: Server, arguments: dict[str, Any]) -> str:
     return ""
 
 
+@HUMAN_COMMANDS.command(
+    "block_set_io_throttle",
+    "DEVICE BPS:int BPS_RD:int BPS_WR:int IOPS:int IOPS_RD:int IOPS_WR:int",
+    "limit what a disk reads and writes a second (0: no limit)",
+)
+async def block_set_io_throttle(server: Server, arguments: dict[str, Any]) -> str:
+    """``block_set_io_throttle``"""
+    await execute(server, "block_set_io_throttle", arguments)
+    return ""
+
+
 @HUMAN_COMMANDS.command("block_job_set_speed", "DEVICE SPEED:size", "limit a job's speed")
 async def block_job_set_speed(server: Server, arguments: dict[str, Any]) -> str:
     """``block-job-set-speed``"""
