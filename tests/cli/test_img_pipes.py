@@ -17,11 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobs.folders import create, send
-from oracles import Oracle
+from oracles import HANG_TIMEOUT_S, Oracle
 
 CONVERT = [sys.executable, "-m", "blocklayer.cli.main", "img", "convert"]
 MIB = 1 << 20
-HANG_TIMEOUT_S = 60
 
 
 def converted(line: str, folder: Path, **more: object) -> subprocess.CompletedProcess[bytes]:
