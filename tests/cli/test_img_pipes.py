@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from effort import examples
 from jobs.folders import create, send
 from oracles import HANG_TIMEOUT_S, Oracle
 
@@ -204,7 +205,7 @@ LENGTHS = st.one_of(
 
 
 @settings(
-    max_examples=12,
+    max_examples=examples(6),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(

@@ -20,6 +20,7 @@ from blocklayer.errors import BlockError, ProtocolError, StorageError, Unsupport
 from blocklayer.graph.graph import Graph
 from certificates import make_certificates
 from drivers.nbd_servers import QemuNbd, proxy, qemu_nbd, uri
+from effort import examples
 from oracles import HANG_TIMEOUT_S, Oracle
 
 MIB = 1 << 20
@@ -166,7 +167,7 @@ def test_a_server_that_comes_back(tmp_path: Path, image: Path) -> None:
 
 
 @given(st.integers(0, 700))
-@settings(max_examples=25)
+@settings(max_examples=examples(12))
 def test_cut_off_at_any_byte(tmp_path_factory: pytest.TempPathFactory, limit: int) -> None:
     async def main() -> None:
         async with proxy(folder / "p", server.socket, limit), asyncio.timeout(HANG_TIMEOUT_S):
