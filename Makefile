@@ -26,7 +26,7 @@ bench: setup ## speed, as ratios against qemu-img and qemu-io in the same run
 	$(PY) -m bench
 
 soak: setup ## the long property-based and crash tests
-	$(PY) -m pytest -n auto -m soak --hypothesis-profile=soak
+	$(PY) -m pytest -n auto -m "soak or hypothesis" --hypothesis-profile=soak
 
 docs: setup ## write docs/reference.md from the declarations
 	$(PY) scripts/docs

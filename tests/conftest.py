@@ -3,7 +3,8 @@
 1. A test that asks for an oracle fixture has the marker `oracle`; a test that runs a tool by
    other means carries `@pytest.mark.oracle("qemu-img", ...)` itself (bare: qemu-img). In every case
    `oracles.require` decides.
-2. Tests marked `soak` run only in `make soak`.
+2. Tests marked `soak` run only in `make soak`. So do many more examples of all property tests:
+   there it also selects `hypothesis`, the mark that hypothesis puts on them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from effort import ORDINARY
 from oracles import Oracle, require
 
 ORACLE_FIXTURES = {"qemu_img", "qemu_io", "qemu_nbd", "nbdinfo", "nbdcopy", "e2fsck", "mke2fs"}
@@ -25,7 +27,7 @@ TMPFS_ROOM = 32 << 20
 # No deadline in any profile: an example's time depends on who shares the machine. For the same
 # reason generating a chain of images may be "too slow" for hypothesis with nothing being wrong.
 settings.register_profile(
-    "dev", max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "dev", max_examples=ORDINARY, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 # The same examples on every run, and nothing kept between runs: a red run is red for everybody.
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, database=None)

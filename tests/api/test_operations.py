@@ -18,7 +18,7 @@ import blocklayer
 from blocklayer.api.progress import Progress
 from blocklayer.api.results import Converted
 from jobs.folders import chain, create, send
-from oracles import Oracle
+from oracles import HANG_TIMEOUT_S, Oracle
 
 RATE = 4 << 20
 """Slow enough for a copy of some chunks to be under way when its first report comes."""
@@ -210,7 +210,11 @@ def test_interrupted_by_control_c(folder: Path) -> None:
         "print(blocklayer.convert('source.raw', 'copy.qcow2').virtual_size)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANG_TIMEOUT_S,
     )
     assert done.stderr == ""
     assert done.stdout == "interrupted False\nTrue\n8388608\n"

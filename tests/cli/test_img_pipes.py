@@ -16,12 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from effort import examples
 from jobs.folders import create, send
-from oracles import Oracle
+from oracles import HANG_TIMEOUT_S, Oracle
 
 CONVERT = [sys.executable, "-m", "blocklayer.cli.main", "img", "convert"]
 MIB = 1 << 20
-HANG_TIMEOUT_S = 60
 
 
 def converted(line: str, folder: Path, **more: object) -> subprocess.CompletedProcess[bytes]:
@@ -205,7 +205,7 @@ LENGTHS = st.one_of(
 
 
 @settings(
-    max_examples=12,
+    max_examples=examples(6),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(

@@ -26,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blocklayer.cli.main import main
+from effort import examples
 from oracles import HANG_TIMEOUT_S, Oracle, require
 
 MIB = 1 << 20
@@ -776,7 +777,7 @@ REQUEST = st.builds(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(15))
 @given(
     script=st.lists(REQUEST, min_size=1, max_size=12),
     cluster_size=st.sampled_from([512, 4096, 65536]),

@@ -27,8 +27,9 @@ CIPHERS = [
         (128, 192, 256), ("xts", "cbc"), ("plain", "plain64", "essiv")
     )
 ]
-MADE_BY_QEMU = {"aes-128-cbc-essiv", "aes-192-xts-plain64"}
-"""It measures for seconds how many iterations it wants, whatever it is told."""
+MADE_BY_QEMU = {"aes-128-cbc-essiv"}
+"""It measures for seconds how many iterations it wants, whatever it is told; what it makes when not
+told any cipher is read in `test_qcow2`."""
 HASHES = ["sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160", "md5", "sm3"]
 
 
@@ -155,15 +156,24 @@ OPENINGS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of volumes that no line of OPENINGS changes."""
+    folder = tmp_path_factory.mktemp("volumes")
+    create(folder / "a.luks", MIB)
+    create(folder / "essiv.luks", MIB, **{"cipher-mode": "cbc", "ivgen-alg": "essiv"})
+    return folder
+
+
 @pytest.mark.parametrize("line", OPENINGS)
-def test_same_words(line: str, tmp_path: Path, qemu_img: Oracle) -> None:
-    create(tmp_path / "a.luks", MIB)
-    create(tmp_path / "essiv.luks", MIB, **{"cipher-mode": "cbc", "ivgen-alg": "essiv"})
+def test_same_words(line: str, volumes: Path, qemu_img: Oracle) -> None:
     command, *rest = line.split()
     arguments = [command, *OBJECTS, *rest]
-    mine = ours(arguments, tmp_path)
-    their = theirs(qemu_img, arguments, tmp_path)
+    before = (volumes / "a.luks").read_bytes()
+    mine = ours(arguments, volumes)
+    their = theirs(qemu_img, arguments, volumes)
     assert mine == their
+    assert (volumes / "a.luks").read_bytes() == before
 
 
 def test_detached_header(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from blocklayer.errors import BlockError, UnsupportedError, UsageError
 from cli.runs import ours, theirs
 from crypto.test_luks import read_theirs, write_ours, write_theirs
 from crypto.volumes import FAST, MIB, OBJECTS, create_qcow2, io, open_disk, qcow2
+from effort import examples
 from oracles import Oracle
 
 SHAPES = [
@@ -109,7 +110,7 @@ def test_nothing_is_stored_in_clear(tmp_path: Path) -> None:
     )
 
 
-@settings(max_examples=8)
+@settings(max_examples=examples(6))
 @given(
     st.lists(
         st.tuples(

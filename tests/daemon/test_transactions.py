@@ -29,6 +29,7 @@ from blocklayer.graph.node import Node
 from blocklayer.graph.permission import Permission
 from blocklayer.graph.root import Root
 from jobs.live import READ_WRITE, SIZE, Guest
+from oracles import HANG_TIMEOUT_S
 
 MIB = 1 << 20
 
@@ -55,7 +56,7 @@ async def disk(daemon: Daemon, folder: Path, name: str, **options: Any) -> Node:
 
 def play(scene: Callable[[Daemon], Awaitable[None]]) -> None:
     async def main() -> None:
-        async with asyncio.timeout(60), Daemon() as daemon:
+        async with asyncio.timeout(HANG_TIMEOUT_S), Daemon() as daemon:
             await scene(daemon)
             for root in list(daemon.graph.roots):
                 await root.close()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from oracles import miss
+from oracles import HANG_TIMEOUT_S, miss
 
 _VHDI = """
 import sys, pyvhdi
@@ -58,4 +58,4 @@ def _run(module: str, script: str, *paths: Path) -> bytes:
     if importlib.util.find_spec(module) is None:
         miss(f"oracle {module} is not installed (scripts/setup installs it)")
     command = [sys.executable, "-c", script, *map(str, paths)]
-    return subprocess.run(command, check=True, capture_output=True, timeout=60).stdout
+    return subprocess.run(command, check=True, capture_output=True, timeout=HANG_TIMEOUT_S).stdout

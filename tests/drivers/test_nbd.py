@@ -20,7 +20,8 @@ from blocklayer.errors import BlockError, ProtocolError, StorageError, Unsupport
 from blocklayer.graph.graph import Graph
 from certificates import make_certificates
 from drivers.nbd_servers import QemuNbd, proxy, qemu_nbd, uri
-from oracles import Oracle
+from effort import examples
+from oracles import HANG_TIMEOUT_S, Oracle
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -166,10 +167,10 @@ def test_a_server_that_comes_back(tmp_path: Path, image: Path) -> None:
 
 
 @given(st.integers(0, 700))
-@settings(max_examples=25)
+@settings(max_examples=examples(12))
 def test_cut_off_at_any_byte(tmp_path_factory: pytest.TempPathFactory, limit: int) -> None:
     async def main() -> None:
-        async with proxy(folder / "p", server.socket, limit), asyncio.timeout(30):
+        async with proxy(folder / "p", server.socket, limit), asyncio.timeout(HANG_TIMEOUT_S):
             try:
                 disk = await aio.Disk.open(f"nbd+unix:///?socket={folder / 'p'}", format="raw")
             except BlockError:
@@ -208,7 +209,7 @@ def test_nonsense(tmp_path: Path, said: bytes) -> None:
 
     async def main() -> None:
         listener = await asyncio.start_unix_server(serve, str(tmp_path / "s"))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANG_TIMEOUT_S):
             with pytest.raises((StorageError, ProtocolError)):
                 await aio.Disk.open(f"nbd+unix:///?socket={tmp_path / 's'}", format="raw")
             await gone.wait()

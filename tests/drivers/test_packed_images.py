@@ -19,7 +19,7 @@ from blocklayer.cli.main import main
 from blocklayer.codec import dmg as codec
 from drivers.images import MIB, read_all
 from drivers.packed_images import Layout, pack, write_bochs, write_cloop, write_dmg, write_dmg_of
-from oracles import Oracle
+from oracles import HANG_TIMEOUT_S, Oracle
 
 Writer = Callable[[Path], bytes]
 
@@ -273,7 +273,9 @@ def test_bombs_do_not_go_off(kind: str, tmpfs: Path) -> None:
         packed = bytes(block) * 1000 + packed[end:]
     (tmpfs / "bomb").write_bytes(packed)
     command = [sys.executable, "-c", _BOMB, f"unpack_{kind}", str(tmpfs / "bomb")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=HANG_TIMEOUT_S, check=False
+    )
     assert done.returncode == 0, done.stderr
     if kind == "lzfse":
         assert "could give more" in done.stdout

@@ -21,6 +21,7 @@ from blocklayer.graph.graph import Graph
 from blocklayer.graph.root import Root
 from blocklayer.testing.contract import DiskContract, ResizeContract
 from drivers.opening import READ, RESIZE, file, take, using
+from effort import examples
 from oracles import Oracle
 
 KIB = 1024
@@ -63,7 +64,7 @@ class TestWindowOverAFile(DiskContract, ResizeContract):
     size=st.none() | st.integers(0, 4000),
     length=st.integers(0, 6) | st.integers(0, 3000),
 )
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(15), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_windows_are_accepted_and_refused_as_by_qemu_img(
     tmp_path: Path, qemu_img: Oracle, offset: int, size: int | None, length: int
 ) -> None:

@@ -20,6 +20,7 @@ from blocklayer.graph.permission import Permission
 from blocklayer.graph.root import Root
 from blocklayer.jobs.group import Group, Jobs
 from blocklayer.units import KIB
+from oracles import HANG_TIMEOUT_S
 
 SIZE = 3 << 20
 READ_WRITE = Permission.CONSISTENT_READ | Permission.WRITE | Permission.RESIZE
@@ -191,7 +192,7 @@ def play(folder: Path, scene: Callable[[Stage], Awaitable[None]]) -> list[str]:
 
     async def main() -> list[str]:
         stage = Stage(folder)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(HANG_TIMEOUT_S):
             await scene(stage)
             await stage.close()
         return stage.heard

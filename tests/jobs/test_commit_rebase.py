@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cli.runs import first_line, ours, theirs
+from effort import examples
 from jobs.folders import chain, create, fresh, send, uncompressed
 from oracles import Oracle
 from proof.chains import Layered, layered, qemu_create, qemu_fill
@@ -19,7 +20,7 @@ from proof.chains import Layered, layered, qemu_create, qemu_fill
 IMAGES = ("base.qcow2", "mid.qcow2", "top.qcow2", "new.qcow2")
 
 FEW = settings(
-    max_examples=8,
+    max_examples=examples(6),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

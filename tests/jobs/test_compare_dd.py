@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cli.runs import first_line, ours, theirs
+from effort import examples
 from jobs.folders import chain, create, fresh, send, uncompressed
 from oracles import Oracle
 from proof.chains import Layered, layered, qemu_create, qemu_fill
@@ -83,7 +84,7 @@ def test_comparisons(line: str, comparable: Path, qemu_img: Oracle) -> None:
 
 
 @settings(
-    max_examples=10,
+    max_examples=examples(6),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(drawn=layered(most=3, requests=5, granularity=512), seed=st.integers(0, 1 << 32))

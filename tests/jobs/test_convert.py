@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cli.runs import first_line, ours, theirs
+from effort import examples
 from jobs.folders import chain, create, fresh, send, uncompressed
 from oracles import Oracle
 from proof.chains import Layered, layered, our_read, qemu_create, qemu_fill
@@ -187,7 +188,7 @@ def test_compressed_sources_are_unpacked(tmp_path: Path, qemu_img: Oracle) -> No
 
 
 @settings(
-    max_examples=12,
+    max_examples=examples(8),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobs.folders import chain, create, send
-from oracles import Oracle
+from oracles import HANG_TIMEOUT_S, Oracle
 
 BLK = [sys.executable, "-m", "blocklayer.cli.main"]
 SLOW = ["-r", "1M", "--progress=json"]
@@ -36,7 +36,7 @@ def run_limited(arguments: list[str], folder: Path, kib: int) -> subprocess.Comp
     """Run our program where no file can grow past ``kib``."""
     limited = ["bash", "-c", f'ulimit -f {kib}; exec "$@"', "limited", *BLK, *arguments]
     return subprocess.run(
-        limited, cwd=folder, capture_output=True, text=True, timeout=60, check=False
+        limited, cwd=folder, capture_output=True, text=True, timeout=HANG_TIMEOUT_S, check=False
     )
 
 
@@ -54,7 +54,7 @@ def end_halfway(arguments: list[str], folder: Path, with_signal: int) -> tuple[i
             if '"done":0,' not in line:
                 break
         process.send_signal(with_signal)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=HANG_TIMEOUT_S)
         return process.returncode, said
 
 

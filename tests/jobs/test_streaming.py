@@ -16,6 +16,7 @@ import blocklayer
 from blocklayer.api.disk import Disk, create, stream
 from blocklayer.errors import BlockError, LockedError, StorageError, UsageError
 from blocklayer.testing.strategies import cluster_sizes
+from effort import examples
 from jobs.folders import chain, fresh, uncompressed
 from oracles import Oracle
 from proof.chains import Layered, layered, our_read, qemu_create, qemu_fill
@@ -56,7 +57,7 @@ async def written(
 
 
 @settings(
-    max_examples=40,
+    max_examples=examples(15),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(layered(most=3, requests=6, granularity=512), image_options(), st.booleans())
@@ -83,7 +84,7 @@ def test_generated_disks(
 
 
 @settings(
-    max_examples=10,
+    max_examples=examples(6),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(layered(most=2, requests=6, granularity=512), st.sampled_from(("raw", "vmdk")))

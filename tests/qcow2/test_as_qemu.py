@@ -9,6 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from effort import examples
 from oracles import Oracle
 from qcow2.images import opened, run
 
@@ -87,7 +88,7 @@ def mapped(path: Path, qemu_img: Oracle) -> list[dict[str, Any]]:
     return runs
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(8))
 @given(st.sampled_from(("0.10", "1.1")), st.booleans(), st.sampled_from((False, True)), requests)
 def test_maps_are_alike(
     qemu_img: Oracle, qemu_io: Oracle, compat: str, backed: bool, keep: bool, steps: list[Any]

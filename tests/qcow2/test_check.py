@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from blocklayer.codec.qcow2.entries import COPIED
 from blocklayer.drivers.qcow2.recount import COPIED_REFERENCE, SHARED_REFERENCE, Recount
+from effort import examples
 from oracles import Oracle
 from qcow2.broken import FAULTS, Broken, check, compare_reports, exit_class, sample
 
@@ -120,7 +121,7 @@ def break_it(image: Broken, broken: list[tuple[str, int, int]]) -> None:
 # A refcount past the end of the file, in the byte of one that is not.
 @example(broken=[("refcounts", 4, COPIED)], cluster_size=4096, refcount_bits=2, snapshot=False)
 @settings(
-    max_examples=3 * settings.default.max_examples,
+    max_examples=examples(50),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_broken_anyhow(

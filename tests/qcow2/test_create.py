@@ -28,6 +28,7 @@ from blocklayer.graph.open import open_options
 from blocklayer.graph.options import decode
 from blocklayer.graph.permission import Permission
 from blocklayer.graph.root import Root
+from effort import examples
 from oracles import Oracle
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
@@ -84,7 +85,7 @@ def image_options(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(options=image_options())
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(30), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_equals_theirs_byte_for_byte(
     tmpfs: Path, qemu_img: Oracle, options: dict[str, Any]
 ) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from blocklayer.api.disk import Disk, create
 from blocklayer.errors import BlockError, PolicyError, UnsupportedError, UsageError
 from blocklayer.graph.gate import Policy
+from effort import examples
 from oracles import Oracle
 from proof.chains import blk, blk_json
 from qcow2.images import opened, run
@@ -50,7 +51,7 @@ def judge(path: Path, model: bytearray, raw: bool, qemu_img: Oracle) -> None:
         assert path.with_name("data").read_bytes()[: len(model)] == model
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(12))
 @given(
     st.booleans(),
     st.booleans(),
@@ -95,7 +96,7 @@ def test_two_lives(
         judge(path, model, raw, qemu_img)
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(8))
 @given(st.booleans(), st.booleans(), st.sampled_from(SIZES), st.sampled_from(SIZES), requests)
 def test_over_a_base_with_a_data_file(
     qemu_img: Oracle,

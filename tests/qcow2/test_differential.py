@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blocklayer.graph.root import Root
+from effort import examples
 from oracles import Oracle
 from qcow2.images import opened, run
 
@@ -153,7 +154,7 @@ def spell(geometry: dict[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in geometry.items())
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(10))
 @given(geometries, options, st.sampled_from(SIZES), requests, requests)
 def test_alone(
     qemu_img: Oracle,
@@ -178,7 +179,7 @@ def test_alone(
         verify(path, model, qemu_img)
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(10))
 @given(
     geometries,
     st.sampled_from((512, 65536)),

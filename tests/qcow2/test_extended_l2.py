@@ -17,6 +17,7 @@ from blocklayer.codec.qcow2.entries import COPIED, OFFSET_MASK
 from blocklayer.errors import CorruptionError
 from blocklayer.graph.extent import Kind
 from cli.runs import ours as blk
+from effort import examples
 from oracles import Oracle
 from proof.chains import blk_json
 from proof.crashes import check as check_root
@@ -249,7 +250,7 @@ def mapped(path: Path, qemu_img: Oracle) -> list[dict[str, Any]]:
     return runs
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(8))
 @given(requests, st.booleans())
 def test_maps_are_alike(
     qemu_img: Oracle, qemu_io: Oracle, steps: list[tuple[str, int, int]], keep: bool

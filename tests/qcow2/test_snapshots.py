@@ -24,6 +24,7 @@ from blocklayer.testing.crashing import CrashingDisk, State
 from blocklayer.testing.model import Chain, difference
 from blocklayer.testing.strategies import Request
 from cli.runs import ours, theirs
+from effort import examples
 from oracles import Oracle
 from proof.crashes import Bench, check, moments, new_image, spread, survive, take
 from qcow2.images import run
@@ -391,7 +392,7 @@ async def holds(disk: CrashingDisk, identifier: str, content: bytes, when: objec
     assert found == content, f"{when} snapshot {identifier}: {difference(found, content)}"
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(20))
 @given(
     st.sampled_from(
         (

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import blocklayer
 from blocklayer.api.sync import Disk, run
+from effort import examples
 from oracles import Oracle, require
 
 KIB = 1024
@@ -108,7 +109,7 @@ WRITES = st.lists(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(12))
 @given(writes=WRITES, cluster_size=st.sampled_from([512, 4096, 65536]))
 def test_any_writes_as_in_a_model(
     tmp_path_factory: pytest.TempPathFactory,

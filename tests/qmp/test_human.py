@@ -11,6 +11,7 @@ import pytest
 from blocklayer.errors import UsageError
 from blocklayer.qmp.human import HumanCommandTable
 from blocklayer.qmp.server import Server
+from oracles import HANG_TIMEOUT_S
 from qmp.conversation import Peer, run, serving
 
 TABLE = HumanCommandTable()
@@ -90,7 +91,7 @@ def test_a_prompt(tmp_path: Path) -> None:
             ]
             assert b"10.0.2" in said[3]
             peer.writer.write(b"quit\n")
-            await asyncio.wait_for(server.stopping.wait(), 60)
+            await asyncio.wait_for(server.stopping.wait(), HANG_TIMEOUT_S)
             await peer.close()
 
     run(check())

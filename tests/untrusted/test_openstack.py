@@ -119,7 +119,12 @@ def limited(*line: str, cwd: Path) -> subprocess.CompletedProcess[bytes]:
 
     command = [sys.executable, "-m", "blocklayer.cli.main", "img", *line]
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, check=False, timeout=120, preexec_fn=limit
+        command,
+        cwd=cwd,
+        capture_output=True,
+        check=False,
+        timeout=10 * PROCESSOR_TIME_S,
+        preexec_fn=limit,
     )
 
 
