@@ -118,7 +118,9 @@ class Nbd(Command):
         if self.list:
             return None
         from blocklayer.cli.nbd.serving import serve
+        from blocklayer.cli.objects import define
 
+        define(self.object)
         if self.fork:
             from blocklayer.cli.background import in_background
 

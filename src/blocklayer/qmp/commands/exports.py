@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 from blocklayer.codec.addresses import SocketAddressLegacy, UInt32
@@ -12,6 +13,7 @@ from blocklayer.qmp.commands.table import COMMANDS
 from blocklayer.qmp.errors import CommandError
 from blocklayer.qmp.monitor import Monitor
 from blocklayer.qmp.registry import Arguments, Result
+from blocklayer.qmp.shapes import Variants
 
 BlockExportRemoveMode = Literal["safe", "hard"]
 
@@ -50,8 +52,8 @@ class BlockDirtyBitmapLocator(Arguments, kw_only=True, rename="kebab"):
     name: str
 
 
-class BlockExportOptions(Arguments, kw_only=True):
-    """An export for NBD clients."""
+class BlockExportCommon(Arguments, kw_only=True):
+    """What exports of all types have in common."""
 
     type: Literal["nbd"]
     id: str
@@ -61,10 +63,21 @@ class BlockExportOptions(Arguments, kw_only=True):
     writable: bool = False
     writethrough: bool = False
     allow_inactive: bool = False
+
+
+class BlockExportNbd(BlockExportCommon, kw_only=True):
+    """An export for NBD clients."""
+
     name: str | UnsetType = UNSET
     description: str | UnsetType = UNSET
     bitmaps: list[str | BlockDirtyBitmapLocator] | UnsetType = UNSET
     allocation_depth: bool = False
+
+
+BlockExportOptions = Annotated[
+    dict[str, Any],
+    Variants("BlockExportOptions", "type", BlockExportCommon, lambda: {"nbd": BlockExportNbd}),
+]
 
 
 class BlockExportDel(Arguments, kw_only=True):
@@ -127,8 +140,9 @@ async def nbd_server_remove(monitor: Monitor, arguments: NbdServerRemove) -> Non
 
 
 @COMMANDS.command("block-export-add")
-async def block_export_add(monitor: Monitor, arguments: BlockExportOptions) -> None:
+async def block_export_add(monitor: Monitor, options: BlockExportOptions) -> None:
     """Serve a node."""
+    arguments = msgspec.convert(options, BlockExportNbd)
     if arguments.iothread is not UNSET:
         raise CommandError(f'iothread "{arguments.iothread}" not found')
     await exports.block_export_add(
