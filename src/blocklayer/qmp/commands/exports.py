@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Struct, UnsetType, convert
 
 from blocklayer.codec.addresses import SocketAddressLegacy, UInt32
 from blocklayer.daemon import exports
@@ -12,6 +12,7 @@ from blocklayer.qmp.commands.table import COMMANDS
 from blocklayer.qmp.errors import CommandError
 from blocklayer.qmp.monitor import Monitor
 from blocklayer.qmp.registry import Arguments, Result
+from blocklayer.qmp.shapes import Variants
 
 BlockExportRemoveMode = Literal["safe", "hard"]
 
@@ -50,10 +51,10 @@ class BlockDirtyBitmapLocator(Arguments, kw_only=True, rename="kebab"):
     name: str
 
 
-class BlockExportOptions(Arguments, kw_only=True):
-    """An export for NBD clients."""
+class BlockExportCommon(Arguments, kw_only=True):
+    """What exports of all types take."""
 
-    type: Literal["nbd"]
+    type: str
     id: str
     node_name: str
     fixed_iothread: bool = False
@@ -61,10 +62,24 @@ class BlockExportOptions(Arguments, kw_only=True):
     writable: bool = False
     writethrough: bool = False
     allow_inactive: bool = False
+
+
+class BlockExportNbd(BlockExportCommon, kw_only=True):
+    """An export for NBD clients."""
+
     name: str | UnsetType = UNSET
     description: str | UnsetType = UNSET
     bitmaps: list[str | BlockDirtyBitmapLocator] | UnsetType = UNSET
     allocation_depth: bool = False
+
+
+def _types() -> dict[str, type[Struct]]:
+    return {"nbd": BlockExportNbd}
+
+
+BlockExportOptions = Annotated[
+    dict[str, Any], Variants("BlockExportOptions", "type", BlockExportCommon, _types)
+]
 
 
 class BlockExportDel(Arguments, kw_only=True):
@@ -107,7 +122,7 @@ async def nbd_server_stop(monitor: Monitor) -> None:
     await exports.nbd_server_stop(monitor.server.daemon)
 
 
-@COMMANDS.command("nbd-server-add")
+@COMMANDS.command("nbd-server-add", features=("deprecated",))
 async def nbd_server_add(monitor: Monitor, arguments: NbdServerAdd) -> None:
     """Serve a device or node by NBD."""
     await exports.nbd_server_add(
@@ -120,15 +135,16 @@ async def nbd_server_add(monitor: Monitor, arguments: NbdServerAdd) -> None:
     )
 
 
-@COMMANDS.command("nbd-server-remove")
+@COMMANDS.command("nbd-server-remove", features=("deprecated",))
 async def nbd_server_remove(monitor: Monitor, arguments: NbdServerRemove) -> None:
     """Serve it no more."""
     await exports.nbd_server_remove(monitor.server.daemon, arguments.name, arguments.mode)
 
 
 @COMMANDS.command("block-export-add")
-async def block_export_add(monitor: Monitor, arguments: BlockExportOptions) -> None:
+async def block_export_add(monitor: Monitor, options: BlockExportOptions) -> None:
     """Serve a node."""
+    arguments = convert(options, BlockExportNbd)
     if arguments.iothread is not UNSET:
         raise CommandError(f'iothread "{arguments.iothread}" not found')
     await exports.block_export_add(
