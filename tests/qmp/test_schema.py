@@ -167,6 +167,8 @@ def test_commands_and_events_are_qemus(theirs: Types) -> None:
         if entry["meta-type"] not in ("command", "event") or name in EMULATOR_ONLY | TAKES_OPTIONS:
             continue
         real = theirs.by_name[name]
+        assert entry.get("features") == real.get("features"), name
+        assert entry.get("allow-oob") == real.get("allow-oob"), name
         for part in ("arg-type", "ret-type"):
             if name == "query-qmp-schema" or part not in real:
                 continue

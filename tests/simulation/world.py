@@ -18,7 +18,7 @@ from blocklayer.daemon.bitmaps import BlockDirtyBitmap, BlockDirtyBitmapAdd
 from blocklayer.daemon.daemon import Daemon
 from blocklayer.daemon.snapshots import BlockdevSnapshotSync
 from blocklayer.errors import BlockError
-from blocklayer.graph import io, permission
+from blocklayer.graph import edit, io, permission
 from blocklayer.graph.create import create_image
 from blocklayer.graph.filename import storage_of
 from blocklayer.graph.graph import Graph
@@ -26,11 +26,15 @@ from blocklayer.graph.node import Flags, Node
 from blocklayer.graph.open import open_options
 from blocklayer.graph.permission import Permission
 from blocklayer.graph.root import Root
+from blocklayer.jobs.backup import BackupOptions
+from blocklayer.jobs.commit_layers import LayerCommitOptions
 from blocklayer.jobs.group import Group
 from blocklayer.jobs.job import Job
 from blocklayer.jobs.mirror import Mirror, MirrorOptions
-from blocklayer.jobs.starting import start_active_commit, start_mirror
+from blocklayer.jobs.starting import place_backup, start_active_commit, start_mirror
+from blocklayer.jobs.starting_layers import start_layer_commit, start_stream
 from blocklayer.jobs.states import TAKES, Status
+from blocklayer.jobs.stream import StreamOptions
 from blocklayer.testing.crashing import CrashingDisk, registry
 from blocklayer.units import KIB
 from simulation.writer import Writer, check, pattern, read
@@ -359,5 +363,68 @@ def _at_the_end(job: Mirror, writer: Writer, disk: CrashingDisk) -> list[int]:
     return moment
 
 
-JOBS: list[Callable[[World, Writer, Group], Awaitable[Live | None]]] = [mirror, active_commit]
+async def stream(world: World, writer: Writer, group: Group) -> Live | None:
+    """What the layers down to one of the chain hold comes up."""
+    top = writer.root.node
+    layers = top.chain()
+    lowest = world.chance.choice(layers)
+    below = lowest.backing
+    job = await start_stream(
+        group, top, StreamOptions(lowest=lowest), identifier=world.name("stream")
+    )
+
+    async def judge() -> None:
+        if job.error is None:
+            assert layers[0].backing is below
+
+    return job, judge
+
+
+async def layer_commit(world: World, writer: Writer, group: Group) -> Live | None:
+    """A commit below the layer that the guest writes to."""
+    layers = writer.root.node.chain()
+    if len(layers) < 3:
+        return None
+    lower = world.chance.randrange(2, len(layers))
+    upper = world.chance.randrange(1, lower)
+    top, base = layers[upper], layers[lower]
+    job = await start_layer_commit(
+        group, top, base, LayerCommitOptions(), identifier=world.name("commit")
+    )
+
+    async def judge() -> None:
+        if job.error is None:
+            assert layers[upper - 1].backing is base
+            assert base.read_only
+
+    return job, judge
+
+
+async def backup(world: World, writer: Writer, group: Group) -> Live | None:
+    """A backup to a new image, which sometimes fails."""
+    chance, node = world.chance, writer.root.node
+    target, disk = await world.image("copy")
+    sync = chance.choice(("full", "full", "none"))
+    fails = chance.random() < 0.3
+    policy = "break-snapshot" if fails else chance.choice(("break-snapshot", "break-guest-write"))
+    options = BackupOptions(sync=sync, on_cbw_error=policy)
+    async with edit.changing(world.daemon.graph):
+        job = await place_backup(group, node, target, options, identifier=world.name("backup"))
+        moment = list(writer.now)
+    if fails:
+        disk.fail(chance.randrange(1, 60))
+
+    async def judge() -> None:
+        if disk.failures:
+            world.broken.add(target)
+        disk.fail(0)
+        if job.error is None:
+            await check(target, moment)
+
+    return job, judge
+
+
+JOBS: list[Callable[[World, Writer, Group], Awaitable[Live | None]]] = [
+    mirror, active_commit, stream, layer_commit, backup,
+]  # fmt: skip
 """Every kind of job that runs beside a guest."""

@@ -42,6 +42,17 @@ def check_free(node: Node) -> None:
         raise LockedError(f"Node '{node.name}' is busy: {node.busy}")
 
 
+def layers_down_to(node: Node, lowest: Node) -> list[Node]:
+    """The layers of ``node`` down to ``lowest``, free of jobs. Raises UsageError, LockedError."""
+    chain = node.chain()
+    if lowest not in chain:
+        raise UsageError(f"Node '{lowest.name}' is not in a chain starting from '{node.name}'")
+    layers = chain[: chain.index(lowest) + 1]
+    for layer in layers:
+        check_free(layer)
+    return layers
+
+
 def check_alone(top: Node, base: Node) -> None:
     """Raise LockedError if the base, or a layer between, is part of another chain as well."""
     path = {top}
@@ -140,9 +151,7 @@ async def start_active_commit(
     """Enter a commit of all layers from the active layer ``top`` down to above ``base``."""
     async with edit.changing(top.graph):
         check_top(top)
-        layers = top.chain()
-        for layer in layers[: layers.index(base) + 1]:
-            check_free(layer)
+        layers_down_to(top, base)
         check_alone(top, base)
         was_read_only = base.flags.read_only
         await reopen.set_read_only(base, False)

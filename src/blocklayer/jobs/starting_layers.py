@@ -1,7 +1,8 @@
 """Putting jobs in place that move data between the layers of one chain: stream, and commit of
 layers that no guest writes to.
 
-All is checked before anything changes; a job that cannot begin leaves the graph as it was (R7).
+All is checked before anything changes, and while nobody else changes the graph; a job that cannot
+begin leaves the graph as it was (R7).
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from blocklayer.graph.permission import Permission
 from blocklayer.graph.root import Root
 from blocklayer.jobs.commit_layers import LayerCommit, LayerCommitOptions, overlays_of
 from blocklayer.jobs.group import Group
-from blocklayer.jobs.starting import UNCHANGED, check_alone, check_free, insert_filter
+from blocklayer.jobs.starting import (
+    UNCHANGED,
+    check_alone,
+    check_free,
+    insert_filter,
+    layers_down_to,
+)
 from blocklayer.jobs.stream import Stream, StreamOptions
 
 _COMMITS: Final = int(Permission.CONSISTENT_READ | Permission.WRITE | Permission.RESIZE)
@@ -32,19 +39,12 @@ async def start_stream(
     **job: Any,
 ) -> Stream:
     """Enter a stream into ``node`` in ``group``; ``job`` are the options of ``Job``."""
-    check_free(node)
-    chain = node.chain()
-    top = chain[0]
-    if options.lowest not in chain:
-        raise UsageError(
-            f"Node '{options.lowest.name}' is not in a chain starting from '{node.name}'"
-        )
-    for layer in chain[: chain.index(options.lowest) + 1]:
-        check_free(layer)
-    if not isinstance(top.driver, FormatDriver):
-        raise UsageError(f"'{top.name}' is no image: nothing can be streamed into it")
-    was_read_only = top.flags.read_only
-    async with edit.changing(top.graph):
+    async with edit.changing(node.graph):
+        check_free(node)
+        top = layers_down_to(node, options.lowest)[0]
+        if not isinstance(top.driver, FormatDriver):
+            raise UsageError(f"'{top.name}' is no image: nothing can be streamed into it")
+        was_read_only = top.flags.read_only
         await reopen.set_read_only(top, False)
         try:
             filter_node = await insert_filter(
@@ -69,15 +69,14 @@ async def start_layer_commit(
     **job: Any,
 ) -> LayerCommit:
     """Enter a commit of the layers from ``top`` down to above ``base``, below other layers."""
-    chain = top.chain()
-    layers = chain[: chain.index(base)]
-    for node in (*overlays_of(top), *layers, base):
-        check_free(node)
-    check_alone(top, base)
     label = f"block job '{job['identifier']}'"
-    was_read_only = base.flags.read_only
     holds: list[Root] = []
     async with edit.changing(top.graph):
+        for node in overlays_of(top):
+            check_free(node)
+        layers = layers_down_to(top, base)[:-1]
+        check_alone(top, base)
+        was_read_only = base.flags.read_only
         await reopen.set_read_only(base, False)
         try:
             filter_node = await insert_filter(top, "commit_top", filter_name)
