@@ -307,6 +307,9 @@ def test_room_is_made_and_given_back(tmp_path: Path, qemu_img: Oracle, qemu_io: 
             assert path.stat().st_size == 9 * MIB
             assert path.stat().st_blocks * 512 >= 8 * MIB
             assert filter_node.size < MIB
+            before = path.stat().st_size
+            await root.write(2 * MIB, b"\3" * 64 * KIB)
+            assert path.stat().st_size == before
             await root.write(4 * MIB, b"\2" * 20 * MIB)
             end = filter_node.size
             assert path.stat().st_size > end
@@ -328,12 +331,35 @@ def test_a_size_with_room_behind_it(tmp_path: Path) -> None:
             assert root.node.size == 8192
             assert path.stat().st_size == 9 * MIB
             await root.truncate(16384)
-            assert path.stat().st_size == 16384
+            assert (root.node.size, path.stat().st_size) == (16384, 9 * MIB)
             assert await root.read(4096, 12288) == b"y" * 4096 + bytes(8192)
             await driver.write_zeroes(16384, 4096, unmap=False, fallback=True)
             assert root.node.size == 20480
             taken = root.node.children["file"].taken
             assert taken & Permission.RESIZE
+            await root.truncate(30000, preallocation="full")
+            assert path.stat().st_size == 30000
+            await root.truncate(20480, shrink=True)
+            assert path.stat().st_size == 20480
 
     run(scene())
     assert path.read_bytes() == b"x" * 4096 + b"y" * 4096 + bytes(12288)
+
+
+def test_a_failed_write_leaves_nothing_in_the_room(tmp_path: Path) -> None:
+    path = tmp_path / "p.raw"
+    path.write_bytes(b"x" * 4096)
+    rules = [{"event": "none", "iotype": "write", "sector": 8, "once": True}]
+
+    async def scene() -> None:
+        below = {"driver": "blkdebug", "image": file(path), "inject-error": rules}
+        async with using({**PREALLOCATED, "file": below}) as root:
+            driver: Any = root.node.driver
+            with pytest.raises(StorageError, match="made to fail"):
+                await driver.write_opaque(4096, b"y" * 4096)
+            spoil(path, 8000)
+            await root.truncate(12288)
+            assert await root.read(8192, 4096) == bytes(4096)
+
+    run(scene())
+    assert path.stat().st_size == 12288

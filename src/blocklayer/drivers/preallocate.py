@@ -3,6 +3,8 @@
 1. What users see of the size is where their data ends, as if nothing were preallocated.
 2. What is left of the room is given back on closing; a crash leaves the file longer, with zeros.
 3. Room that cannot be had is no error: the write goes on without.
+4. Room reads as zeros: it counts as data before anything is stored there, so that a write that
+   fails leaves a longer disk, as without the filter, and never bytes in what is still room.
 """
 
 from __future__ import annotations
@@ -65,9 +67,10 @@ class PreallocateDriver(FilterDriver):
         return True
 
     async def _give_back(self) -> None:
-        end, self._data_end = self._data_end, None
+        end = self._data_end
         if end is not None and self.child.size > end:
             await io.truncate(self.child, end, shrink=True)
+        self._data_end = None
 
     @property
     def size(self) -> int:
@@ -95,25 +98,25 @@ class PreallocateDriver(FilterDriver):
                 except BlockError:
                     # The write will tell whether there is room for itself.
                     await io.truncate(self.child, max(end, self.child.size))
-
-    def _stored(self, end: int) -> None:
-        if self._data_end is not None:
             self._data_end = max(self._data_end, end)
 
     async def write_opaque(self, offset: int, data: Buffer) -> None:
         """Make room, and pass on."""
         await self._reserve(offset + len(data))
         await super().write_opaque(offset, data)
-        self._stored(offset + len(data))
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool, fallback: bool) -> None:
         """Make room, and pass on."""
         await self._reserve(offset + length)
         await super().write_zeroes(offset, length, unmap=unmap, fallback=fallback)
-        self._stored(offset + length)
 
     async def truncate(self, size: int, *, preallocation: str, shrink: bool) -> None:
-        """Change the size; what a write that failed left in the room is not shown as data."""
+        """Change the size. A format grows its storage before it writes there: that, too, is when
+        room is made.
+        """
+        if preallocation == "off" and size > self.size:
+            await self._reserve(size)
+            return
         async with self._growing:
             await self._give_back()
             await super().truncate(size, preallocation=preallocation, shrink=shrink)
