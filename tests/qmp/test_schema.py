@@ -26,6 +26,7 @@ EMULATOR_ONLY = {
     "device_add", "device_del", "eject", "blockdev-open-tray", "blockdev-close-tray",
     "blockdev-remove-medium", "blockdev-insert-medium", "blockdev-change-medium",
     "query-status", "stop", "cont", "snapshot-save", "snapshot-load", "snapshot-delete",
+    "block_set_io_throttle", "block-latency-histogram-set",
 }  # fmt: skip
 NOT_BUILT = {"telnet", "tn3270", "websocket", "tls-creds", "tls-authz"}
 """Members of ours that real ones have: what a client gets is that they are unexpected."""

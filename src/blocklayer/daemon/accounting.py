@@ -1,7 +1,7 @@
 """Block accounting: how many requests of each kind a front end has made, how they ended, and how
 long they took.
 
-1. A histogram's bins are one more than its boundaries; a time that is a boundary is in the upper bin.
+1. A histogram has one bin more than boundaries; a time that is a boundary is in the upper bin.
 """
 
 from __future__ import annotations

@@ -31,8 +31,9 @@ def _refuse_internal(daemon: Daemon, options: Mapping[str, Any]) -> None:
     if entry is not None and entry.internal:
         raise UsageError(f"Parameter 'driver' does not accept value '{options['driver']}'")
     for member in options.values():
-        if isinstance(member, Mapping):
-            _refuse_internal(daemon, member)
+        for each in member if isinstance(member, list) else [member]:
+            if isinstance(each, Mapping):
+                _refuse_internal(daemon, each)
 
 
 async def remove(daemon: Daemon, name: str) -> None:
@@ -116,3 +117,34 @@ def set_write_threshold(daemon: Daemon, name: str, offset: int) -> None:
     if node is None:
         raise UsageError(f"Device '{name}' not found")
     write_threshold.put(node, offset)
+
+
+async def change_children(
+    daemon: Daemon, parent: str, *, child: str | None = None, node: str | None = None
+) -> None:
+    """Let a quorum have the node ``node`` as one more child, or let it go without ``child``."""
+    from blocklayer.drivers.quorum import QuorumDriver
+
+    found = daemon.find(parent)
+    if child is not None and node is not None:
+        raise UsageError("The parameters child and node are in conflict")
+    if child is None and node is None:
+        raise UsageError("Either child or node must be specified")
+    if child is not None and child not in found.children:
+        raise UsageError(f"Node '{parent}' does not have child '{child}'")
+    new = daemon.graph.nodes.get(node) if node is not None else None
+    if node is not None and new is None:
+        raise UsageError(f"Node '{node}' not found")
+    if not isinstance(found.driver, QuorumDriver):
+        verb = "adding" if child is None else "removing"
+        raise UsageError(f"The node {found.name} does not support {verb} a child")
+    if found.busy:
+        raise LockedError(f"Node '{found.name}' is busy: {found.busy}")
+    gone: Node | None = None
+    async with edit.changing(daemon.graph):
+        if new is not None:
+            found.driver.add_child(new)
+        elif child is not None:
+            gone = found.driver.remove_child(child)
+    if gone is not None:
+        await daemon.graph.release(gone)

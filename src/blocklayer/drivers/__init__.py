@@ -48,6 +48,9 @@ DRIVERS: Final = {
     "copy-before-write": Entry(f"{_HERE}.copy_before_write:CopyBeforeWriteDriver"),
     "throttle": Entry(f"{_HERE}.throttle:ThrottleDriver"),
     "blkdebug": Entry(f"{_HERE}.blkdebug:BlkdebugDriver"),
+    "blkverify": Entry(f"{_HERE}.blkverify:BlkverifyDriver"),
+    "preallocate": Entry(f"{_HERE}.preallocate:PreallocateDriver"),
+    "quorum": Entry(f"{_HERE}.quorum:QuorumDriver"),
     "compress": Entry(f"{_HERE}.compress:CompressDriver"),
     "snapshot-access": Entry(f"{_HERE}.snapshot_access:SnapshotAccessDriver", protocol=True),
 }

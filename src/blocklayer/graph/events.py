@@ -38,6 +38,7 @@ JobStatus = Literal[
     "null",
 ]
 IoOperationType = Literal["read", "write"]
+QuorumOpType = Literal["read", "write", "flush"]
 BlockErrorAction = Literal["ignore", "report", "stop"]
 
 
@@ -156,6 +157,30 @@ class BlockExportDeleted(Event):
     id: str
 
 
+class QuorumFailure(Event):
+    """Too few children of a quorum agree, or carried a request out."""
+
+    NAME: ClassVar[str] = "QUORUM_FAILURE"
+    INTERVAL_S: ClassVar[float] = 1.0
+    KEY: ClassVar[tuple[str, ...]] = ("reference",)
+    reference: str
+    sector_num: int
+    sectors_count: int
+
+
+class QuorumReportBad(Event, kw_only=True):
+    """A child of a quorum failed, or was outvoted (then there is no ``error``)."""
+
+    NAME: ClassVar[str] = "QUORUM_REPORT_BAD"
+    INTERVAL_S: ClassVar[float] = 1.0
+    KEY: ClassVar[tuple[str, ...]] = ("node_name",)
+    type: QuorumOpType
+    error: str | UnsetType = UNSET
+    node_name: str
+    sector_num: int
+    sectors_count: int
+
+
 class DeviceTrayMoved(Event):
     """A tray was opened or closed."""
 
@@ -196,6 +221,8 @@ EVENTS: Final[tuple[type[Event], ...]] = (
     BlockJobPending,
     BlockWriteThreshold,
     BlockExportDeleted,
+    QuorumFailure,
+    QuorumReportBad,
     DeviceTrayMoved,
     DeviceDeleted,
     Stop,

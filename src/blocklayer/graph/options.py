@@ -129,7 +129,17 @@ def _explain(
 
 
 def _from_text(kind: Any, value: Any, name: str) -> Any:
-    """Read a text value by its declared type; everything else is left to validation."""
+    """Read a text value by its declared type; everything else is left to validation.
+
+    Members named 0, 1, … are a list's, where a list is declared: dotted keys have no other way.
+    """
+    if isinstance(value, Mapping) and typing.get_origin(kind) is list:
+        (item_kind,) = typing.get_args(kind)
+        if all(str(number) in value for number in range(len(value))):
+            return [
+                _from_text(item_kind, value[str(number)], f"{name}.{number}")
+                for number in range(len(value))
+            ]
     if isinstance(value, Mapping) and isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         inner = {name: field.type for name, field in _fields(kind).items()}
         return {

@@ -15,8 +15,8 @@ from blocklayer.qmp.monitor import Monitor
 from blocklayer.qmp.registry import Arguments
 
 
-class SetIoThrottle(Arguments, kw_only=True, rename=str):
-    """Members are named as they are here, with underscores. Limits of a device (by ``device`` or ``id``); 0: none. ``group``: shared with whom."""
+class SetIoThrottle(Arguments, kw_only=True, rename=str):  # names with underscores
+    """Limits of a device (by ``device`` or ``id``); 0: none. ``group``: shared with whom."""
 
     device: str | UnsetType = UNSET
     id: str | UnsetType = UNSET

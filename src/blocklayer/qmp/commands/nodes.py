@@ -32,6 +32,14 @@ class BlockdevSetActive(Arguments, kw_only=True):
     active: bool
 
 
+class BlockdevChange(Arguments):
+    """A node, and the child that it is to lose, or the node that it is to get as one."""
+
+    parent: str
+    child: str | UnsetType = UNSET
+    node: str | UnsetType = UNSET
+
+
 class QueryNamedBlockNodes(Arguments, kw_only=True):
     """``flat``: without the backing images of each image."""
 
@@ -126,3 +134,14 @@ async def query_named_block_nodes(
 async def x_debug_query_block_graph(monitor: Monitor) -> info.BlockGraph:
     """All nodes, their users, and what each may do."""
     return info.block_graph(monitor.server.daemon)
+
+
+@COMMANDS.command("x-blockdev-change", features=("unstable",))
+async def x_blockdev_change(monitor: Monitor, arguments: BlockdevChange) -> None:
+    """Add a child to a quorum, or remove one."""
+    await nodes.change_children(
+        monitor.server.daemon,
+        arguments.parent,
+        child=None if arguments.child is UNSET else arguments.child,
+        node=None if arguments.node is UNSET else arguments.node,
+    )
