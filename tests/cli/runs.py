@@ -52,7 +52,7 @@ def _text(stream: io.TextIOWrapper) -> str:
 def theirs(tool: Oracle, line: str | list[str], folder: Path) -> Outcome:
     """Run the real tool."""
     arguments = shlex.split(line) if isinstance(line, str) else line
-    done = tool(*arguments, check=False, cwd=folder, timeout_s=30)
+    done = tool(*arguments, check=False, cwd=folder)
     return Outcome(done.returncode, done.stdout, done.stderr.replace(tool.path, tool.tool))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,20 @@ def send(folder: Path, image: str, *commands: str) -> None:
 
 def chain(folder: Path) -> None:
     """base <- mid <- top, each larger than the one below, and ``new``, another base."""
+    for name, content in _chain().items():
+        (folder / name).write_bytes(content)
+
+
+@functools.cache
+def _chain() -> dict[str, bytes]:
+    """What is in the files of a chain, by their names."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _make_chain(folder)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _make_chain(folder: Path) -> None:
     create(folder, "-f", "qcow2", "base.qcow2", "4M")
     send(folder, "base.qcow2", "write -P 1 0 1M")
     create(folder, "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "mid.qcow2", "6M")

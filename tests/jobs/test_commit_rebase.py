@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
@@ -25,24 +26,34 @@ FEW = settings(
 )
 
 
-@pytest.fixture
-def twins(tmp_path: Path) -> tuple[Path, Path]:
-    """Two folders with the same images: one for us, one for the real tool."""
-    mine, real = tmp_path / "ours", tmp_path / "theirs"
-    mine.mkdir()
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images that `twins` are copies of."""
+    mine = tmp_path_factory.mktemp("pristine")
     chain(mine)
     create(mine, "-f", "raw", "plain.raw", "4M")
     create(mine, "-f", "qcow2", "-b", "plain.raw", "-F", "raw", "onraw.qcow2", "5M")
     send(mine, "onraw.qcow2", "write -P 5 12345 100000", "write -P 6 4M 64k", "write -z 1M 1M")
     create(mine, "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "short.qcow2", "1M")
     send(mine, "short.qcow2", "write -P 5 100k 100k")
-    shutil.copytree(mine, real)
+    return mine
+
+
+@pytest.fixture
+def twins(pristine: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Two folders with the same images: one for us, one for the real tool."""
+    mine, real = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (mine, real):
+        shutil.copytree(pristine, folder)
     return mine, real
 
 
 def same_disks(qemu_img: Oracle, one: Path, other: Path) -> None:
     """Every image of the two folders reads the same, is sound, and has the same size."""
     for path in sorted(one.glob("*.*")):
+        if filecmp.cmp(path, other / path.name, shallow=False):
+            # And so is what lies below: it is looked at by itself.
+            continue
         if path.suffix == ".qcow2":
             infos = [qemu_img.json("info", "--output=json", p / path.name) for p in (one, other)]
             for name in ("virtual-size", "backing-filename", "backing-filename-format"):

@@ -13,6 +13,7 @@ import pytest
 from blocklayer.errors import BlockError
 from blocklayer.graph.events import JobStatusChange
 from blocklayer.qmp.client import Client, CommandFailed, ConnectionLost
+from oracles import HANG_TIMEOUT_S
 from qmp.conversation import Peer, real_daemon, run, serving
 
 qemu_qmp = pytest.importorskip("qemu.qmp")
@@ -61,7 +62,7 @@ def test_the_other_shell(tmp_path: Path) -> None:
 
 async def use(client: Client) -> list[Any]:
     """A conversation that every server must understand."""
-    answers: list[Any] = [await client.execute("query-commands", timeout_s=60) != []]
+    answers: list[Any] = [await client.execute("query-commands", timeout_s=HANG_TIMEOUT_S) != []]
     added = {"id": "n", "backend": {"type": "null", "data": {}}}
     answers.append(await client.execute("chardev-add", added))
     together = [client.execute("query-chardev") for _ in range(5)]
