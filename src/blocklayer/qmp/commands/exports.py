@@ -120,7 +120,7 @@ async def nbd_server_stop(monitor: Monitor) -> None:
     await exports.nbd_server_stop(monitor.server.daemon)
 
 
-@COMMANDS.command("nbd-server-add")
+@COMMANDS.command("nbd-server-add", features=("deprecated",))
 async def nbd_server_add(monitor: Monitor, arguments: NbdServerAdd) -> None:
     """Serve a device or node by NBD."""
     await exports.nbd_server_add(
@@ -133,7 +133,7 @@ async def nbd_server_add(monitor: Monitor, arguments: NbdServerAdd) -> None:
     )
 
 
-@COMMANDS.command("nbd-server-remove")
+@COMMANDS.command("nbd-server-remove", features=("deprecated",))
 async def nbd_server_remove(monitor: Monitor, arguments: NbdServerRemove) -> None:
     """Serve it no more."""
     await exports.nbd_server_remove(monitor.server.daemon, arguments.name, arguments.mode)
