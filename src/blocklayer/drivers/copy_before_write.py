@@ -102,7 +102,7 @@ class CopyBeforeWriteDriver(FilterDriver):
         if child.name == "target":
             readers = Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED
             return Permission.WRITE, readers | Permission.WRITE
-        if not self.node.parents:
+        if not taken:
             return Permission.NONE, Permission.ALL
         wanted = taken | Permission.CONSISTENT_READ
         if self.discards_source:

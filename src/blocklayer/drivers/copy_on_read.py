@@ -68,7 +68,7 @@ class CopyOnReadDriver(FilterDriver):
 
     def child_permissions(self, child: Child, taken: int, shared: int) -> tuple[int, int]:
         """Copying writes what is there already; nobody else may write meanwhile."""
-        if not self.node.parents:
+        if not taken:
             # Nobody reads yet (or any more), so nothing is copied: it may be put in beside a user.
             return taken | Permission.WRITE_UNCHANGED, shared
         return taken | Permission.WRITE_UNCHANGED, shared & ~(Permission.WRITE | Permission.RESIZE)
