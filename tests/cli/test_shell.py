@@ -76,7 +76,7 @@ def test_values_in_json(value: Any) -> None:
 
 
 COMPLETIONS = [
-    ("query-na", ["query-name"]),
+    ("query-na", ["query-name", "query-named-block-nodes"]),
     ("quer", sorted(command.name for command in COMMANDS if command.name.startswith("query"))),
     ("query-name ", []),
     ("ringbuf-read ", ["device=", "format=", "size="]),
