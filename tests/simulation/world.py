@@ -402,13 +402,14 @@ async def layer_commit(world: World, writer: Writer, group: Group) -> Live | Non
 
 async def backup(world: World, writer: Writer, group: Group) -> Live | None:
     """A backup to a new image, which sometimes fails."""
-    chance, node = world.chance, writer.root.node
+    chance = world.chance
     target, disk = await world.image("copy")
     sync = chance.choice(("full", "full", "none"))
     fails = chance.random() < 0.3
     policy = "break-snapshot" if fails else chance.choice(("break-snapshot", "break-guest-write"))
     options = BackupOptions(sync=sync, on_cbw_error=policy)
     async with edit.changing(world.daemon.graph):
+        node = writer.root.node
         job = await place_backup(group, node, target, options, identifier=world.name("backup"))
         moment = list(writer.now)
     if fails:

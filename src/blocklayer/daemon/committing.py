@@ -12,7 +12,7 @@ from blocklayer.graph import edit, reopen
 from blocklayer.graph.driver import FormatDriver
 from blocklayer.graph.node import Node
 from blocklayer.graph.permission import Permission
-from blocklayer.graph.root import Root
+from blocklayer.graph.root import Root, admitted
 from blocklayer.jobs import commit as work
 from blocklayer.jobs.copying import CopyOptions
 
@@ -46,8 +46,9 @@ async def _commit(node: Node) -> None:
             try:
                 upper = Root(top, "commit", int(Permission.CONSISTENT_READ), follows=False)
                 try:
-                    await work.commit(upper, base, CopyOptions())
-                    await work.empty(upper)
+                    with admitted(base, upper):
+                        await work.commit(upper, base, CopyOptions())
+                        await work.empty(upper)
                 finally:
                     await upper.close()
             finally:
