@@ -94,6 +94,9 @@ class CopyOnReadDriver(FilterDriver):
     async def _missing(self, start: int, end: int) -> list[tuple[int, int]]:
         """The runs that are to be copied."""
         layers = self.child.chain()
+        if self._bottom is not None and self._bottom not in layers:
+            # All of it has been copied: a stream gave it up, and is about to take the filter out.
+            return []
         lowest = layers.index(self._bottom) if self._bottom is not None else None
         found = []
         async for run in runs(self.child, start, end - start):
