@@ -24,6 +24,7 @@ from blocklayer.graph import create, edit, io, reopen, snapshots
 from blocklayer.graph.child import Role
 from blocklayer.graph.driver import SnapshotInfo
 from blocklayer.graph.filename import image_options, resolve_relative, scheme_of
+from blocklayer.graph.filter import FilterDriver
 from blocklayer.graph.node import Flags, Node
 from blocklayer.graph.open import open_options
 
@@ -62,7 +63,10 @@ class BlockdevSnapshotDeleteInternal(actions.Options):
 
 
 def check_base(node: Node) -> None:
-    """Raise LockedError unless ``node`` may get an overlay."""
+    """Raise LockedError or UsageError unless ``node`` may get an overlay."""
+    if node.given_up and isinstance(node.driver, FilterDriver):
+        # Its job has ended since it was looked up: nobody would see the overlay.
+        raise UsageError(f"Cannot find device='{node.name}' nor node-name='{node.name}'")
     if node.busy:
         raise LockedError(f"Node '{node.name}' is busy: {node.busy}")
     for edge in node.parents:

@@ -202,6 +202,7 @@ def drop_filter(filter_node: Node) -> Change:
     """Let all users of ``filter_node`` use what it shows. The filter is left without users."""
     with Change() as change:
         replace(change, filter_node, filter_node.children["file"].node)
+    filter_node.given_up = True
     return change
 
 

@@ -131,7 +131,7 @@ class Node:
         self.busy: str | None = None
         """Why jobs and graph changes have to keep off it (a job works with it)."""
         self.given_up = False
-        """A commit moved what it holds into a layer below: what it shows is of no more use."""
+        """What it shows is of no more use: a layer that was committed, a job's filter."""
         self.watchers: tuple[Watcher, ...] = ()
         self.dirty_bitmaps: dict[str, DirtyBitmap] = {}
         """Those with a name, oldest first; ``graph.bitmaps`` adds and removes them."""

@@ -138,12 +138,14 @@ async def _carry_out(
 
 async def _open_again(node: Node) -> None:
     """A new driver for ``node``; its children are attached still, and opening finds them there."""
-    children = set(node.children)
+    children, old, overrides = set(node.children), node.driver, node.overrides
     node.overrides = {}
-    node.driver = type(node.driver)(node)
+    node.driver = type(old)(node)
     try:
         await node.driver.open()
     except BaseException:
+        # Closed as it is, it can still be read, and closed once more.
+        node.driver, node.overrides = old, overrides
         for name in node.children.keys() - children:
             await node.graph.detach(node.children[name])
         raise
