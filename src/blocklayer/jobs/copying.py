@@ -25,6 +25,7 @@ from blocklayer.graph import io
 from blocklayer.graph.driver import FormatDriver
 from blocklayer.graph.root import Root, requests
 from blocklayer.jobs.filling import Filler, Pack
+from blocklayer.jobs.pace import Pace
 from blocklayer.jobs.plan import Chunk, Gatherer, Piece
 from blocklayer.jobs.reading import Reader, Warn, new_buffer
 from blocklayer.jobs.threads import Threads, crew
@@ -54,23 +55,6 @@ class CopyOptions(msgspec.Struct, kw_only=True):
     """The rate limit; 0: none."""
     salvage: Warn | None = None
     """Where to report what cannot be read and is taken for zeros; None: that is an error."""
-
-
-class Pace:
-    """Holds a copy to ``bytes_per_s``."""
-
-    def __init__(self, bytes_per_s: int) -> None:
-        self.bytes_per_s = bytes_per_s
-        self._due_s = 0.0
-
-    async def wait(self, length: int) -> None:
-        """Wait until ``length`` more bytes may go."""
-        if not self.bytes_per_s:
-            return
-        now_s = asyncio.get_running_loop().time()
-        if self._due_s > now_s:
-            await asyncio.sleep(self._due_s - now_s)
-        self._due_s = max(self._due_s, now_s) + length / self.bytes_per_s
 
 
 class Turns:
@@ -168,7 +152,8 @@ class Copier:
                     chunk = await anext(chunks, None)
                     if chunk is None:
                         return
-                    await self._pace.wait(chunk.length)
+                    await self._pace.wait()
+                    self._pace.charge(chunk.length)
                     ticket, self._ticket = self._ticket, self._ticket + 1
                     await self._enter(chunk, inside)
                 await self._copy_chunk(chunk, buffer, ticket, filler, storer)

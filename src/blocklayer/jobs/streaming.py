@@ -21,8 +21,9 @@ from blocklayer.graph.driver import Buffer
 from blocklayer.graph.root import Root, requests
 from blocklayer.graph.streams import ImageStream, Packed
 from blocklayer.jobs.convert import top_pieces, total_size, whole_units
-from blocklayer.jobs.copying import CHUNK_SIZE, DEFAULT_SPARSE_SIZE, DEFAULT_WORKERS, Pace
+from blocklayer.jobs.copying import CHUNK_SIZE, DEFAULT_SPARSE_SIZE, DEFAULT_WORKERS
 from blocklayer.jobs.filling import Filler
+from blocklayer.jobs.pace import Pace
 from blocklayer.jobs.plan import Chunk, Gatherer, Piece, pieces_within
 from blocklayer.jobs.reading import Reader, Warn, new_buffer
 from blocklayer.jobs.threads import Threads, in_order
@@ -152,7 +153,8 @@ class Streaming:
         pace = Pace(self.options.bytes_per_s)
         async with aclosing(self._all()) as pieces:
             async for piece in pieces:
-                await pace.wait(len(piece))
+                await pace.wait()
+                pace.charge(len(piece))
                 given += len(piece)
                 yield piece
         if self.image.length is not None and given != self.image.length:
