@@ -22,6 +22,9 @@ _HEADER: Final = struct.Struct(">8sQ")
 _LATER: Final = 16
 """Requests that may leave no number behind: zeros, and what they cover."""
 
+_THINKS_S = 0.005
+"""Between two requests: a copy that follows a guest without any pause may never catch up."""
+
 
 class Guest:
     """A writer with a seed, on ``disks`` by name."""
@@ -57,7 +60,7 @@ class Guest:
             assert self._task is not None
             if self._task.done():
                 self._task.result()
-            await asyncio.sleep(0)
+            await asyncio.sleep(_THINKS_S)
 
     async def _hammer(self) -> None:
         chance, names = self._random, list(self._disks)
@@ -79,7 +82,7 @@ class Guest:
             self.acknowledged = number
             if chance.random() < 0.02:
                 await self._disks[name].flush()
-            await asyncio.sleep(0)
+            await asyncio.sleep(_THINKS_S)
 
     async def lost_nothing(self, name: str) -> bool:
         """Whether the disk, which is paused, holds exactly what was written."""

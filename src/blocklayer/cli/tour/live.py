@@ -162,6 +162,7 @@ class LiveStory:
                 disk,
                 self.path(name),
                 sync=sync,
+                write_blocking=True,  # a guest that never pauses may outrun a copy behind it
                 when_ready=compare,
             )
             await self.daemon.disk(disk).flush()
